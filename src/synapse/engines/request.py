@@ -1,0 +1,105 @@
+"""What goes into an engine and what comes out: requests and events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+GrammarKind = Literal["json_object", "json_schema", "regex"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. The defaults sample from the model's own distribution.
+
+    Attributes:
+        temperature: 0 is greedy (the most likely token, ties to the lowest id).
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probabilities sum to at least this.
+        min_p: keep tokens at least this share of the most likely token's probability.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or answer; 1 is off.
+        frequency_penalty: subtracted from a logit once for every time its token is in the answer.
+        presence_penalty: subtracted once if the token is in the answer.
+        seed: same seed, same text, whatever shares the batch; None draws a fresh one.
+        logit_bias: added to the logits of these token ids before anything else.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A constraint on the answer: any JSON object, JSON that fits a schema (`source`, as JSON text), or a regex."""
+
+    kind: GrammarKind
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate.
+
+    Attributes:
+        prompt: token ids, at least one.
+        layers: the layer stack, (layer id, weight) pairs; the ids come from `Engine.load_layer`.
+        max_tokens: at most so many new tokens; None means as many as the context still holds.
+        stop: strings that end the answer and are not part of it, found across token borders.
+        logprobs: how many alternatives to report beside each token; None reports nothing, 0 only the token itself.
+        ignore_eos: go on after an end-of-text token (for benchmarks).
+    """
+
+    prompt: tuple[int, ...]
+    layers: tuple[tuple[str, float], ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural-log probability under the model itself, before bias, penalties and temperature.
+
+    `top` holds the most likely (token id, logprob) pairs, most likely first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More of an answer. `text` can be empty while a character or a possible stop string is incomplete."""
+
+    request_id: str
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a request. `cached_tokens` of the prompt were not computed again (shared prefix)."""
+
+    request_id: str
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    error: Exception | None = None
+
+
+Event = Delta | Finished
