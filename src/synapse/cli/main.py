@@ -1,0 +1,89 @@
+"""The `synapse` program: parses, runs, and turns whatever goes wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer.main
+from typer.exceptions import TyperException
+
+from synapse.cli.app import PROGRAM, build_app
+from synapse.cli.problems import (
+    EXIT_INTERRUPTED,
+    EXIT_INVALID,
+    EXIT_OK,
+    Problem,
+    problem_of,
+    show_problem,
+    unexpected_problem,
+)
+from synapse.errors import SynapseError
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code (docs/guide/cli.md lists them)."""
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        code = _run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `synapse … | head` has read enough
+        code = EXIT_OK
+        _forget_stdout()
+    return code
+
+
+def _run(given: list[str]) -> int:
+    try:
+        returned = typer.main.get_command(build_app()).main(args=given, prog_name=PROGRAM, standalone_mode=False)
+    except SynapseError as error:
+        problem = problem_of(error)
+    except TyperException as error:
+        problem = _usage_problem(error)
+    except typer.Abort:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except SystemExit as leaving:  # from Typer's completion, and from a pipe that Typer or rich found closed
+        _forget_stdout()
+        return leaving.code if isinstance(leaving.code, int) else EXIT_OK
+    except Exception as error:  # the border of the program: nothing may reach the person as a traceback
+        problem = unexpected_problem(error)
+    else:
+        if returned == EXIT_INTERRUPTED:
+            print(file=sys.stderr)
+        return returned if isinstance(returned, int) else EXIT_OK
+    sys.stdout.flush()
+    show_problem(problem, as_json=_asked_for_json(given))
+    return problem.exit_code
+
+
+def _asked_for_json(given: list[str]) -> bool:
+    """Whether `--json` was given; known even when the command line could not be parsed."""
+    options = given[: given.index("--")] if "--" in given else given
+    return "--json" in options
+
+
+def _usage_problem(error: TyperException) -> Problem:
+    """A mistyped command line, in our words: what is wrong, the nearest option, where the help is."""
+    command = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
+    message = error.format_message().rstrip(".")
+    hint = f"see `{command} --help`"
+    option = getattr(error, "option_name", None)
+    near = getattr(error, "possibilities", None)
+    if option is not None and type(error).__name__ == "NoSuchOption":
+        message = f"{command} has no option {option}"
+        if near:
+            hint = f"did you mean {' or '.join(sorted(near))}? {hint}"
+    else:
+        message = message[:1].lower() + message[1:].replace("\n\t", " ")
+    return Problem("usage", message, hint, EXIT_INVALID)
+
+
+def _forget_stdout() -> None:
+    """Point stdout at nothing, so that Python does not complain about the closed pipe while it shuts down."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,85 @@
+"""What the terminal offers beside the registry's commands: `chat`, `demo`, `up` and `version`.
+
+Each imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Annotated, Any
+
+import typer
+
+from synapse import __version__
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and an error as JSON on stderr.")]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"synapse {__version__}")
+        raise typer.Exit
+
+
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def chat(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The persona to talk to.")],
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="Say this, print the answer and leave.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the latest conversation.")] = False,
+    conversation: Annotated[str | None, typer.Option(metavar="ID", help="Go on with this conversation.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to a persona: at a prompt, or once with -m or piped text.
+
+    Piped text is the message, or follows the one given with -m. What is said is kept as a conversation.
+    """
+    from synapse.cli.chat import ChatRequest, run_chat
+
+    given = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    sampling = {setting: value for setting, value in given.items() if value is not None}
+    run_chat(ChatRequest(name, message, resume, conversation, sampling, as_json))
+
+
+def version(as_json: Json = False) -> None:
+    """Print the version."""
+    facts: dict[str, Any] = {"synapse": __version__, "python": platform.python_version(), "system": platform.platform()}
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print("\n".join(f"{name} {value}" for name, value in facts.items()))
+
+
+def up(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; only loopback until a key exists.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Start the server: an OpenAI-compatible API in which personas are models."""
+    from synapse.config import load_settings
+    from synapse.server.run import serve
+
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    serve(load_settings().model_copy(update=given))
+
+
+def demo(as_json: Json = False) -> None:
+    """Three personas with three different layers answer one question in one batch."""
+    from synapse.cli.demo import run_demo
+
+    run_demo(as_json=as_json)
+
+
+PROGRAMS = (chat, demo, up, version)

@@ -1,0 +1,32 @@
+"""Running one command of the registry from the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from synapse.cli.options import read_params
+from synapse.cli.output import show_result
+from synapse.cli.progress import TerminalProgress
+from synapse.commands import Command, Context
+from synapse.config import load_settings
+
+
+def run_command(command: Command, values: Mapping[str, Any], *, as_json: bool) -> None:
+    """Check what was typed, run the command with a progress bar, and show its result.
+
+    Raises:
+        SynapseError: whatever the command raises, or InvalidInput for a value that does not fit.
+    """
+    params = read_params(command.params, values)
+    with TerminalProgress(quiet=as_json) as progress:
+        result = asyncio.run(_run(command, params, progress))
+    show_result(result, as_json=as_json)
+
+
+async def _run(command: Command, params: BaseModel, progress: TerminalProgress) -> BaseModel:
+    async with Context(load_settings(), progress=progress) as context:
+        return await command.run(params, context)

@@ -1,0 +1,42 @@
+"""What runs a model. An engine is a batch that steps; sequences with different layers share every step."""
+
+from __future__ import annotations
+
+from synapse.engines.engine import Backend, ContextOverflow, Counters, Engine, LayerNotLoaded, Limits
+from synapse.engines.grammar import BadGrammar
+from synapse.engines.host import EngineHost, limits_from, open_engine, open_engines
+from synapse.engines.request import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Grammar,
+    Request,
+    Sampling,
+    TokenLogprob,
+)
+from synapse.engines.runner import EngineRunner, EngineStats
+
+__all__ = [
+    "Backend",
+    "BadGrammar",
+    "ContextOverflow",
+    "Counters",
+    "Delta",
+    "Engine",
+    "EngineHost",
+    "EngineRunner",
+    "EngineStats",
+    "Event",
+    "FinishReason",
+    "Finished",
+    "Grammar",
+    "LayerNotLoaded",
+    "Limits",
+    "Request",
+    "Sampling",
+    "TokenLogprob",
+    "limits_from",
+    "open_engine",
+    "open_engines",
+]

@@ -1,0 +1,97 @@
+"""Engines by the name of their base model: opened on first use, one per model, closed together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import cast
+
+from threadpoolctl import threadpool_limits
+
+from synapse.commands import Context
+from synapse.config import Settings, load_settings
+from synapse.engines.engine import Backend, Engine, Limits, open_engine_file
+from synapse.engines.runner import EngineRunner
+from synapse.models.library import ModelLibrary, open_library
+
+
+def limits_from(settings: Settings) -> Limits:
+    """The engine's limits as the user set them."""
+    return Limits(
+        max_context=settings.max_context,
+        max_batch=settings.max_batch,
+        kv_cache_tokens=settings.kv_cache_tokens,
+        max_layers=settings.max_layers,
+        max_layer_bytes=settings.max_layer_bytes,
+    )
+
+
+def open_engine(model: str, backend: Backend = "auto", *, limits: Limits | None = None) -> Engine:
+    """Open an engine for a model that is pulled, or for a GGUF file.
+
+    Args:
+        model: a name of `synapse model list`, or a path.
+        backend: `reference`, `native` or `auto`; see `open_engine_file`.
+        limits: the settings' limits when left out.
+
+    Raises:
+        NotFound: there is no such model here; the hint says how to pull it.
+        ModelFileCorrupt, UnsupportedModel: its file cannot be used.
+    """
+    settings = load_settings()
+    path = ModelLibrary(settings.folder("models")).resolve(model)
+    return _open(path, backend, limits or limits_from(settings), settings.threads)
+
+
+def _open(path: Path, backend: Backend, limits: Limits, threads: int) -> Engine:
+    if threads:
+        threadpool_limits(threads, user_api="blas")
+    return open_engine_file(path, backend, limits)
+
+
+class EngineHost:
+    """The engines of this process."""
+
+    def __init__(self, library: ModelLibrary, settings: Settings) -> None:
+        self._library = library
+        self._settings = settings
+        self._runners: dict[Path, EngineRunner] = {}
+        self._opening = asyncio.Lock()
+
+    async def get(self, model: str) -> EngineRunner:
+        """The engine of a model, opened if it is not yet (which takes seconds, in a thread).
+
+        Raises:
+            as `open_engine`.
+        """
+        path = self._library.resolve(model)
+        async with self._opening:
+            if path not in self._runners:
+                backend = cast(Backend, self._settings.backend)
+                limits, threads = limits_from(self._settings), self._settings.threads
+                engine = await asyncio.to_thread(_open, path, backend, limits, threads)
+                self._runners[path] = EngineRunner(engine, max_active=self._settings.max_concurrent_requests)
+            return self._runners[path]
+
+    @property
+    def loaded(self) -> dict[Path, EngineRunner]:
+        """The engines that are open, by model file."""
+        return dict(self._runners)
+
+    async def close(self) -> None:
+        """Stop all engines."""
+        runners, self._runners = self._runners, {}
+        for runner in runners.values():
+            await runner.close()
+
+
+@asynccontextmanager
+async def open_engines(context: Context) -> AsyncIterator[EngineHost]:
+    """Opener of the process' engines, for `Context.get`."""
+    host = EngineHost(await context.get(open_library), context.settings)
+    try:
+        yield host
+    finally:
+        await host.close()

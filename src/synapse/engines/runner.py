@@ -1,0 +1,215 @@
+"""An engine in a thread of its own, for asyncio: the event loop never waits on a step."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from synapse.engines.engine import Counters, Engine
+from synapse.engines.request import Event, Finished, Request
+from synapse.errors import InternalError, Overloaded, Unavailable
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How busy an engine is. Tokens are counted since it was opened, KV tokens in whole blocks."""
+
+    active: int
+    running: int
+    waiting: int
+    kv_tokens_held: int
+    layers: dict[str, int]
+    counters: Counters
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One caller of `generate`: where its events go."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    id: str | None = None
+    closed: bool = False
+
+
+class EngineRunner:
+    """Steps an engine for as long as there is work.
+
+    Other threads never touch the engine: they post jobs, which run between two steps. So a new request joins, and a
+    cancelled one leaves, within one step.
+    """
+
+    def __init__(self, engine: Engine, *, max_active: int = 64) -> None:
+        self.engine = engine
+        self._max_active = max_active
+        self._active = 0
+        self._streams: dict[str, _Stream] = {}
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="synapse-engine", daemon=True)
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Stop stepping. Whoever still waits for an answer gets `Unavailable`."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+        """Queue a request and yield its events, the last of which is `Finished`.
+
+        Closing the generator (or cancelling the task that reads it) cancels the request.
+
+        Raises:
+            Overloaded: as many requests as allowed are active already.
+            InvalidInput: the request makes no sense (`ContextOverflow`, `BadGrammar`, … ; see `Engine.add`).
+            InternalError: the engine failed; only the requests that were active are lost.
+        """
+        if self._active >= self._max_active:
+            raise Overloaded(
+                f"{self._active} requests are being answered, which is the limit",
+                hint="try again in a moment, or raise SYNAPSE_MAX_CONCURRENT_REQUESTS",
+            )
+        self._active += 1
+        stream = _Stream(request, asyncio.get_running_loop())
+        try:
+            if request.grammar is not None:
+                await asyncio.to_thread(self.engine.compile_grammar, request.grammar)
+            self._post(lambda: self._start(stream))
+            while True:
+                event = await stream.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Finished) and event.error is not None:
+                    raise event.error
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._active -= 1
+            self._post(lambda: self._stop(stream))
+
+    async def load_layer(self, path: Path) -> str:
+        """As `Engine.load_layer`, reading outside the engine's thread."""
+        known = self.engine.known_layer(path)
+        if known is not None:
+            return known
+        layer = await asyncio.to_thread(self.engine.read_layer, path)
+        return await self.call(lambda: self.engine.put_layer(path, layer))
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """Run a function between two steps, in the engine's thread, and return (or raise) what it does."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = job()
+            except Exception as error:  # handed to whoever waits for it
+                failure = error
+                _tell(loop, lambda: None if done.done() else done.set_exception(failure))
+            else:
+                _tell(loop, lambda: None if done.done() else done.set_result(result))
+
+        self._post(run)
+        return await done
+
+    def stats(self) -> EngineStats:
+        """A snapshot; taken while the engine steps, its numbers may be one step apart."""
+        engine = self.engine
+        return EngineStats(
+            active=self._active,
+            running=engine.running,
+            waiting=engine.waiting,
+            kv_tokens_held=engine.kv_tokens_held,
+            layers=engine.layers,
+            counters=engine.counters,
+        )
+
+    def _post(self, job: Callable[[], None]) -> None:
+        with self._wake:
+            self._jobs.append(job)
+            self._wake.notify()
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._jobs or self._closing or self.engine.busy):
+                    self._wake.wait()
+                jobs, self._jobs = self._jobs, deque()
+                closing = self._closing
+            for job in jobs:
+                job()
+            if closing:
+                break
+            if self.engine.busy:
+                self._step()
+        self._fail_all(Unavailable("the engine was stopped before the answer was finished"))
+
+    def _step(self) -> None:
+        try:
+            events = self.engine.step()
+        except Exception as error:
+            log.exception("engine step failed", active=len(self._streams))
+            self.engine.reset()
+            failure = InternalError(
+                f"the engine failed: {error}", hint="the details are in the log; other requests go on"
+            )
+            failure.__cause__ = error
+            self._fail_all(failure)
+            return
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is not None:
+                _deliver(stream, event)
+                if isinstance(event, Finished):
+                    del self._streams[event.request_id]
+
+    def _start(self, stream: _Stream) -> None:
+        if stream.closed:
+            return
+        try:
+            stream.id = self.engine.add(stream.request)
+        except Exception as error:  # the caller's to handle: an InvalidInput, most of the time
+            _deliver(stream, error)
+        else:
+            self._streams[stream.id] = stream
+
+    def _stop(self, stream: _Stream) -> None:
+        stream.closed = True
+        if stream.id is not None and self._streams.pop(stream.id, None) is not None:
+            self.engine.cancel(stream.id)
+
+    def _fail_all(self, error: Exception) -> None:
+        for stream in self._streams.values():
+            _deliver(stream, error)
+        self._streams.clear()
+
+
+def _deliver(stream: _Stream, event: Event | Exception) -> None:
+    _tell(stream.loop, lambda: stream.events.put_nowait(event))
+
+
+def _tell(loop: asyncio.AbstractEventLoop, tell: Callable[[], object]) -> None:
+    """Run something in an event loop, from another thread; a loop that has closed has nobody left to tell."""
+    if not loop.is_closed():
+        try:
+            loop.call_soon_threadsafe(tell)
+        except RuntimeError:  # closed since the line above
+            log.debug("an event loop closed before its answer came")

@@ -1,0 +1,17 @@
+"""What can be wrong with a model file."""
+
+from __future__ import annotations
+
+from synapse.errors import Corrupt, InvalidInput
+
+
+class ModelFileCorrupt(Corrupt):
+    """The file is truncated, altered, or contradicts itself."""
+
+    code = "model_file_corrupt"
+
+
+class UnsupportedModel(InvalidInput):
+    """The file is sound, but describes something that no engine here can run."""
+
+    code = "unsupported_model"

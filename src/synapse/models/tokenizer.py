@@ -1,0 +1,286 @@
+"""Text to token ids and back: the tokenizer that a GGUF file describes, rebuilt with the `tokenizers` library.
+
+Two families exist in Llama-like models: byte-level BPE (``gpt2`` in GGUF), where `tokenizer.ggml.pre` names how text is
+cut into words before merging, and SentencePiece's BPE (``llama`` in GGUF), where merges follow from scores.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from types import MappingProxyType
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
+
+from synapse.errors import InvalidInput
+from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
+from synapse.models.gguf_file import ModelFile
+from synapse.models.pre_tokenizers import PRE_TOKENIZERS, byte_of_character
+
+END_OF_TURN = frozenset(
+    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
+)
+"""Control tokens that end an answer, whether or not the file says so."""
+
+SPACE = "\u2581"  # how SentencePiece writes a space
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+MOST_SPLIT_STEPS = 10**8  # of all tokens together, when merges are worked out from scores
+
+
+class TokenType(IntEnum):
+    """`tokenizer.ggml.token_type`, as in llama.cpp."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class Tokenizer:
+    """One model's tokenizer. Safe to use from several threads.
+
+    Attributes:
+        vocab_size: how many ids there are.
+        bos_id: the token that begins a text, if the model has one.
+        eos_ids: the tokens that end a text or a turn.
+        add_bos: the model expects `bos_id` before a plain text (a chat template writes its own).
+        special_tokens: control tokens by their text: never text that a user wrote.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        pieces: Sequence[bytes],
+        special_tokens: Mapping[str, int],
+        bos_id: int | None,
+        eos_ids: frozenset[int],
+        add_bos: bool,
+    ) -> None:
+        self._backend = backend
+        self._pieces = pieces
+        self._special_ids = frozenset(special_tokens.values())
+        self._lock = threading.Lock()
+        self.vocab_size = len(pieces)
+        self.special_tokens: Mapping[str, int] = MappingProxyType(dict(special_tokens))
+        self.bos_id = bos_id
+        self.eos_ids = eos_ids
+        self.add_bos = add_bos
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The token ids of a text; no BOS is added.
+
+        Args:
+            text: any text; what UTF-8 cannot carry (lone surrogates) becomes U+FFFD.
+            special: whether a control token's text becomes that token. False is for text from outside: it then is
+                spelled out in ordinary tokens.
+
+        Raises:
+            InvalidInput: `special` is False and this vocabulary has no other spelling for a control token in the text.
+        """
+        text = LONE_SURROGATE.sub("\ufffd", text)
+        with self._lock:
+            self._backend.encode_special_tokens = not special
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        if not special and not self._special_ids.isdisjoint(ids):
+            raise InvalidInput("the text contains a control token of the model, and it has no other spelling for it")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids, control tokens included; incomplete UTF-8 becomes U+FFFD.
+
+        Raises:
+            InvalidInput: an id is not in the vocabulary.
+        """
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise InvalidInput(f"token ids must be between 0 and {self.vocab_size - 1}")
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that this token adds in the middle of a text; none for a control token."""
+        return self._pieces[token]
+
+    def to_json(self) -> str:
+        """The whole tokenizer in the format of ``tokenizer.json``."""
+        return str(self._backend.to_str())
+
+
+def load_tokenizer(file: ModelFile) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Raises:
+        ModelFileCorrupt: its metadata is missing or contradicts itself.
+        UnsupportedModel: it is of a kind, or cuts words in a way, that is not known here.
+    """
+    vocabulary = _Vocabulary(file.metadata)
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        pre = file.metadata.get("tokenizer.ggml.pre", "default")
+        if pre not in PRE_TOKENIZERS:
+            raise UnsupportedModel(
+                f"the pre-tokenizer {str(pre)[:40]!r} is not supported",
+                hint=f"supported are {', '.join(PRE_TOKENIZERS)}",
+            )
+        rule = PRE_TOKENIZERS[str(pre)]
+        backend = tokenizers.Tokenizer(
+            models.BPE(vocabulary.ids, vocabulary.listed_merges(), ignore_merges=rule.ignore_merges)
+        )
+        backend.normalizer = rule.normalizer()
+        backend.pre_tokenizer = rule.pre_tokenizer()
+        backend.decoder = decoders.ByteLevel()
+        add_bos, pieces = rule.add_bos, vocabulary.byte_level_pieces()
+    elif kind == "llama":
+        backend = _sentencepiece(vocabulary, prefix=vocabulary.flag("add_space_prefix", True))
+        add_bos, pieces = True, vocabulary.sentencepiece_pieces()
+    else:
+        raise UnsupportedModel(
+            f"the tokenizer kind {str(kind)[:40]!r} is not supported",
+            hint="supported are gpt2 (byte-level BPE) and llama (SentencePiece BPE)",
+        )
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in vocabulary.control])
+    backend.add_tokens([AddedToken(text, normalized=False) for text in vocabulary.user_defined])
+    bos_id = vocabulary.id_of("bos")
+    return Tokenizer(
+        backend,
+        pieces=pieces,
+        special_tokens={text: vocabulary.ids[text] for text in vocabulary.control},
+        bos_id=bos_id,
+        eos_ids=vocabulary.end_ids(),
+        add_bos=vocabulary.flag("add_bos_token", add_bos) and bos_id is not None,
+    )
+
+
+def _sentencepiece(vocabulary: _Vocabulary, *, prefix: bool) -> tokenizers.Tokenizer:
+    """As the tokenizer.json of Llama 2 and Mistral: each stretch between control tokens begins with an extra space."""
+    unknown = next((text for text, kind in vocabulary.typed() if kind == TokenType.UNKNOWN), None)
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocabulary.ids, vocabulary.scored_merges(), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    space = [normalizers.Prepend(SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return backend
+
+
+class _Vocabulary:
+    """The ``tokenizer.ggml.*`` metadata, checked."""
+
+    def __init__(self, metadata: Mapping[str, object]) -> None:
+        self._metadata = metadata
+        tokens = self._strings("tokens")
+        self.ids = {text: i for i, text in enumerate(tokens)}
+        if len(self.ids) != len(tokens) or "" in self.ids:
+            raise ModelFileCorrupt("the tokenizer has the same token twice, or an empty one")
+        kinds = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+        if not isinstance(kinds, list) or len(kinds) != len(tokens):
+            raise ModelFileCorrupt("the tokenizer must have one token type for each token")
+        self._kinds = kinds
+        self._tokens = tokens
+        # Whatever its type says, a token that begins or ends texts is not something a user can write.
+        marks = {tokens[i] for i in map(self.id_of, ("bos", "eos", "eot")) if i is not None}
+        self.control = [t for t, k in self.typed() if k in (TokenType.CONTROL, TokenType.UNKNOWN) or t in marks]
+        control = set(self.control)
+        self.user_defined = [t for t, k in self.typed() if k == TokenType.USER_DEFINED and t not in control]
+
+    def _strings(self, key: str) -> list[str]:
+        values = self._metadata.get(f"tokenizer.ggml.{key}")
+        if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+            raise ModelFileCorrupt(f"the metadata has no list of strings tokenizer.ggml.{key}")
+        return values
+
+    def typed(self) -> zip[tuple[str, int]]:
+        return zip(self._tokens, self._kinds, strict=True)
+
+    def id_of(self, name: str) -> int | None:
+        """The id of the token that plays a role, for example ``bos``."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = self._metadata.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, int) or not 0 <= value < len(self._tokens):
+            raise ModelFileCorrupt(f"{key} is {str(value)[:40]}, but there are {len(self._tokens)} tokens")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        return bool(self._metadata.get(f"tokenizer.ggml.{name}", default))
+
+    def end_ids(self) -> frozenset[int]:
+        ids = {self.id_of(name) for name in ("eos", "eot", "eom")} | {
+            self.ids[text] for text in self.control if text in END_OF_TURN
+        }
+        return frozenset(i for i in ids if i is not None)
+
+    def listed_merges(self) -> list[tuple[str, str]]:
+        """The merges in the file, best first, without those that would spell a control token."""
+        control, merges = set(self.control), []
+        for line in self._strings("merges"):
+            left, _, right = line.partition(" ")
+            if not (left in self.ids and right in self.ids and left + right in self.ids):
+                raise ModelFileCorrupt(f"the merge {line[:40]!r} is not of two tokens into a third")
+            if left + right not in control:
+                merges.append((left, right))
+        return merges
+
+    def scored_merges(self) -> list[tuple[str, str]]:
+        """The merges that SentencePiece's scores imply, best first, in the order in which transformers has them.
+
+        A token can come from each way to cut it into two tokens; better scores come first, then longer halves.
+        """
+        scores = self._metadata.get("tokenizer.ggml.scores")
+        if not isinstance(scores, list) or len(scores) != len(self._tokens):
+            raise ModelFileCorrupt("the tokenizer must have one score for each token")
+        if sum(len(text) ** 2 for text in self._tokens) > MOST_SPLIT_STEPS:
+            raise ModelFileCorrupt("the tokens are too long to be words")
+        whole = {t for t, k in self.typed() if k in (TokenType.NORMAL, TokenType.UNUSED)} - set(self.control)
+        merges: list[tuple[float, int, int, str, str]] = []
+        for text, score in zip(self._tokens, scores, strict=True):
+            if text not in whole:
+                continue
+            cuts = ((text[:i], text[i:]) for i in range(1, len(text)))
+            pairs = [pair for pair in cuts if pair[0] in self.ids and pair[1] in self.ids]
+            pairs.sort(key=lambda pair: (self.ids[pair[0]], self.ids[pair[1]]))
+            merges += [(score, len(left), len(right), left, right) for left, right in pairs]
+        merges.sort(key=lambda merge: merge[:3], reverse=True)
+        return [merge[3:] for merge in merges]
+
+    def byte_level_pieces(self) -> list[bytes]:
+        bytes_of, control, added = byte_of_character(), set(self.control), set(self.user_defined)
+        pieces = []
+        for text in self._tokens:
+            if text in control:
+                pieces.append(b"")
+            elif text in added or not all(character in bytes_of for character in text):
+                pieces.append(text.encode())
+            else:
+                pieces.append(bytes(bytes_of[character] for character in text))
+        return pieces
+
+    def sentencepiece_pieces(self) -> list[bytes]:
+        control, pieces = set(self.control), []
+        for text, kind in self.typed():
+            if text in control:
+                pieces.append(b"")
+            elif kind == TokenType.BYTE:
+                pieces.append(_byte(text))
+            else:
+                pieces.append(text.replace(SPACE, " ").encode())
+        return pieces
+
+
+def _byte(text: str) -> bytes:
+    """The byte of a token like ``<0x0A>``."""
+    try:
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes.fromhex(text[3:5])
+    except ValueError as error:
+        raise ModelFileCorrupt(f"the byte token {text!r} is not of the form <0x0A>") from error
+    raise ModelFileCorrupt(f"the byte token {text[:40]!r} is not of the form <0x0A>")

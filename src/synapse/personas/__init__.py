@@ -1,0 +1,1 @@
+"""Who the personas are: their settings, their conversations, and one turn of a chat."""

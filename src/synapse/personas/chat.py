@@ -1,0 +1,174 @@
+"""One turn of a chat: from a persona and its messages to the events of an answer.
+
+The terminal and the server both come through here. `prepare_turn` gathers everything that can be refused, so that a
+caller knows before the first word whether there will be an answer; `run_turn` streams it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from synapse.commands import Context
+from synapse.engines import (
+    Delta,
+    EngineRunner,
+    Event,
+    FinishReason,
+    Finished,
+    Grammar,
+    Request,
+    open_engines,
+)
+from synapse.models.chat_template import Message as ChatMessage
+from synapse.models.chat_template import encode_chat
+from synapse.personas.entities import Persona
+from synapse.personas.history import alternating, fit, with_system_prompt
+from synapse.personas.layers import persona_stack
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An answer that can be generated.
+
+    Attributes:
+        request: what the engine is asked; change it with `dataclasses.replace` for other seeds of the same prompt.
+        left_out: messages that were too old to fit the context.
+    """
+
+    runner: EngineRunner
+    request: Request
+    left_out: int = 0
+
+    async def events(self) -> AsyncGenerator[Event]:
+        """The engine's events. Closing the iterator cancels the request within a step.
+
+        Raises:
+            as `EngineRunner.generate`.
+        """
+        async with aclosing(self.runner.generate(self.request)) as events:
+            async for event in events:
+                yield event
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TurnFinished:
+    """The end of an answer. `seconds` run from asking the engine; the rate counts the answer's tokens over them."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.completion_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+ChatEvent = TextDelta | TurnFinished
+
+
+@dataclass(frozen=True, slots=True)
+class TurnOptions:
+    """What one turn does differently from its persona's defaults.
+
+    Attributes:
+        sampling: settings of `SamplingDefaults` by name, and their values.
+        trim: leave the oldest turns out when the history is too long, instead of refusing it.
+        stack: the layers' folders and weights to use in place of the persona's genome.
+    """
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
+    trim: bool = True
+    stack: tuple[tuple[Path, float], ...] | None = None
+
+
+async def prepare_turn(
+    context: Context, persona: Persona, messages: Sequence[ChatMessage], options: TurnOptions | None = None
+) -> Turn:
+    """Everything before the first token: model, layers, prompt.
+
+    Args:
+        messages: the conversation so far, the newest message last; without the persona's own system prompt.
+
+    Raises:
+        NotFound: the base model is not pulled, or a layer of the genome is gone.
+        ContextOverflow: not even the last message alone fits the context (without `trim` the engine checks, later).
+        InvalidInput: a sampling setting is out of range, or a message has a role the template does not know.
+        LayerRefused, Corrupt: a layer's files cannot be used.
+    """
+    options = options or TurnOptions()
+    settings = persona.sampling.with_overrides(options.sampling)
+    runner = await (await context.get(open_engines)).get(persona.base_model)
+    stack = options.stack if options.stack is not None else await persona_stack(context, persona)
+    layers = tuple([(await runner.load_layer(path), weight) for path, weight in stack])
+    engine = runner.engine
+
+    def encode(chosen: Sequence[ChatMessage]) -> list[int]:
+        return encode_chat(engine.tokenizer, engine.chat_template, chosen)
+
+    whole = with_system_prompt(persona.system_prompt, alternating(messages))
+    max_tokens = settings.max_tokens
+    left_out = 0
+    if options.trim:
+        prompt, left_out = await asyncio.to_thread(fit, whole, encode, engine.context)
+        if max_tokens is not None:
+            max_tokens = min(max_tokens, engine.context - len(prompt))
+    else:
+        prompt = await asyncio.to_thread(encode, whole)
+    request = Request(
+        prompt=tuple(prompt),
+        layers=layers,
+        sampling=settings.to_sampling(options.logit_bias),
+        max_tokens=max_tokens,
+        stop=options.stop,
+        logprobs=options.logprobs,
+        grammar=options.grammar,
+    )
+    return Turn(runner, request, left_out)
+
+
+async def run_turn(turn: Turn) -> AsyncGenerator[ChatEvent]:
+    """The answer as text. The last event is `TurnFinished`; closing the iterator cancels the request.
+
+    Raises:
+        as `EngineRunner.generate`.
+    """
+    started = time.perf_counter()
+    async with aclosing(turn.events()) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                if event.text:
+                    yield TextDelta(event.text)
+            else:
+                yield _finished(event, time.perf_counter() - started)
+
+
+def _finished(event: Finished, seconds: float) -> TurnFinished:
+    return TurnFinished(event.reason, event.prompt_tokens, event.completion_tokens, event.cached_tokens, seconds)
+
+
+async def chat(
+    context: Context, persona: Persona, messages: Sequence[ChatMessage], options: TurnOptions | None = None
+) -> AsyncGenerator[ChatEvent]:
+    """Prepare a turn and run it. Raises what `prepare_turn` and `run_turn` raise."""
+    async with aclosing(run_turn(await prepare_turn(context, persona, messages, options))) as events:
+        async for event in events:
+            yield event

@@ -1,0 +1,95 @@
+"""What a persona wears: its genome, as text, as an entity, and as what the engine loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from synapse.commands import Context
+from synapse.errors import InvalidInput, NotFound
+from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference
+from synapse.genome.registry import open_layers
+from synapse.genome.stack import stack
+from synapse.personas.entities import Persona
+from synapse.store import Store, open_store
+
+
+async def persona_stack(context: Context, persona: Persona) -> tuple[tuple[Path, float], ...]:
+    """The folder and weight of each layer the persona wears, in order. Layers of weight 0 are left out.
+
+    Raises:
+        NotFound: the genome or one of its layers is gone.
+        InvalidInput, Corrupt: a layer has no files, or they are damaged.
+    """
+    if persona.genome_id is None:
+        return ()
+    store = await context.get(open_store)
+    genome = await store.get(Genome, persona.genome_id)
+    pairs = await stack(store, await context.get(open_layers), genome)
+    return tuple((path, weight) for path, weight in pairs if weight)
+
+
+def parse_layers(text: str) -> list[tuple[str, float]]:
+    """``captain:0.8,dates`` → ``[("captain", 0.8), ("dates", 1.0)]``; an empty text is no layers.
+
+    Raises:
+        InvalidInput: a name is missing, or a weight is no number from 0 to 1.
+    """
+    layers = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, colon, weight = (piece.strip() for piece in part.partition(":"))
+        try:
+            value = float(weight) if colon else 1.0
+        except ValueError:
+            value = -1.0
+        if not name or not 0 <= value <= 1:
+            raise InvalidInput(
+                f"a layer is NAME or NAME:WEIGHT with a weight from 0 to 1, not {part!r}",
+                hint="for example --layers captain:0.8,dates",
+            )
+        layers.append((name, value))
+    return layers
+
+
+async def make_genome(context: Context, persona: Persona, layers: Sequence[tuple[str, float]]) -> Genome:
+    """Keep a genome of these layers, by name or id, and weights, made for the persona.
+
+    Raises:
+        NotFound: there is no such layer.
+        InvalidInput: a layer does not fit the persona's base model, or is named twice.
+    """
+    store = await context.get(open_store)
+    registry = await context.get(open_layers)
+    references = []
+    for index, (name, weight) in enumerate(layers):
+        layer = await registry.find(name)
+        references.append(
+            GenomeLayerReference(layer_id=layer.id, trait_type=layer.trait_type, order_index=index, weight=weight)
+        )
+    genome = Genome(persona_id=persona.id, base_model=persona.base_model, layers=tuple(references))
+    return await store.create(genome)
+
+
+async def find_genome(store: Store, name: str) -> Genome:
+    """The genome of this name or id.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found = await store.find(Genome, name=name) or await store.find(Genome, id=name)
+    if found is None:
+        raise NotFound(f"there is no genome {name!r:.70}", hint="`synapse genome list` shows those there are")
+    return found
+
+
+async def genome_text(store: Store, genome_id: str | None) -> str:
+    """A genome as one types it: ``captain:0.8,dates``."""
+    if genome_id is None:
+        return ""
+    genome = await store.get(Genome, genome_id)
+    parts = []
+    for reference in sorted(genome.layers, key=lambda reference: reference.order_index):
+        layer = await store.find(GenomeLayer, id=reference.layer_id)
+        name = layer.name if layer else reference.layer_id
+        parts.append(name if reference.weight == 1 else f"{name}:{reference.weight:g}")
+    return ",".join(parts)

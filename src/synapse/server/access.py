@@ -1,0 +1,104 @@
+"""Who may ask for what: API keys once there are any, and only this machine until then."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+
+from synapse.server.errors import BadKey, LacksPermission, NotLocal
+from synapse.server.keys import KeyPermission, any_key_exists, find_key, note_use
+from synapse.store import Store
+
+Needs = Literal["chat", "read", "manage", "any"]
+
+MAKE_A_KEY = "`synapse key create NAME` makes a key"
+ALL: tuple[KeyPermission, ...] = ("chat", "read", "manage")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: the name of a key, or None for this machine while no key exists."""
+
+    key: str | None
+    permissions: frozenset[KeyPermission]
+
+    def may(self, needs: Needs) -> bool:
+        """Whether the caller may do what needs this permission. `manage` includes `read`, but not `chat`."""
+        if needs == "any":
+            return bool(self.permissions)
+        return needs in self.permissions or (needs == "read" and "manage" in self.permissions)
+
+
+async def authorize(request: Request, store: Store, needs: Needs) -> Caller:
+    """Who sent this request, if they may do what needs this permission.
+
+    Raises:
+        BadKey: keys exist and the request carries none, or a wrong or revoked one.
+        NotLocal: no keys exist and the request does not come from this machine, or from another site's web page.
+        LacksPermission: the key does not hold the permission.
+    """
+    if not await any_key_exists(store):
+        check_local(request)
+        return Caller(None, frozenset(ALL))
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise BadKey("no API key was sent", hint=f"send the header Authorization: Bearer KEY; {MAKE_A_KEY}")
+    key = await find_key(store, secret.strip())
+    if key is None:
+        raise BadKey("the API key is unknown or was revoked", hint=MAKE_A_KEY)
+    caller = Caller(key.name, frozenset(key.permissions))
+    if not caller.may(needs):
+        raise LacksPermission(
+            f"the API key {key.name!r} holds {_listed(key.permissions)}; this needs {needs}",
+            hint=f"`synapse key create NAME --permissions {needs}` makes one that may",
+        )
+    await note_use(store, key)
+    return caller
+
+
+def check_local(request: Request) -> None:
+    """Check that a request comes from this machine, and not by way of a web page of another site.
+
+    A page can make a browser on this machine send requests here. Its `Origin` gives it away, and when it had its own
+    name point to this machine (DNS rebinding) the `Host` does.
+
+    Raises:
+        NotLocal: it does not.
+    """
+    hint = f"{MAKE_A_KEY}; with a key, requests may come from anywhere"
+    if request.client is not None and not is_loopback(request.client.host):
+        raise NotLocal("without an API key only this machine may ask", hint=hint)
+    hosts = request.headers.getlist("host")
+    if len(hosts) != 1 or not is_loopback(host_of(f"//{hosts[0]}")):
+        raise NotLocal("without an API key the Host must be a loopback name, such as localhost", hint=hint)
+    if any(not is_loopback(host_of(origin)) for origin in request.headers.getlist("origin")):
+        raise NotLocal("without an API key web pages of other sites may not ask", hint=hint)
+
+
+def host_of(url: str) -> str:
+    """The host of a URL, without port and brackets; empty when there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address always means this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def _listed(permissions: Sequence[str]) -> str:
+    return ", ".join(permissions) or "no permissions"

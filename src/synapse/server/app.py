@@ -1,0 +1,108 @@
+"""The application: OpenAI's API, the commands and the health checks, over one context."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import synapse
+from synapse.commands import Context
+from synapse.engines import open_engines
+from synapse.errors import InternalError, InvalidInput, NotFound, SynapseError
+from synapse.server import health, openai_routes
+from synapse.server.command_routes import command_routes
+from synapse.server.errors import WrongMethod, error_response, from_validation
+from synapse.server.limits import Slots
+from synapse.server.request_log import RequestLog
+from synapse.server.routing import ServerState
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("synapse.server")
+
+
+def create_app(context: Context, *, body_timeout: float = 30.0) -> FastAPI:
+    """The application over a context, whose life is the caller's to manage.
+
+    When the application starts it loads the default model in the background; `/ready` says when that is done.
+
+    Args:
+        body_timeout: seconds in which a request body must arrive.
+    """
+    app = FastAPI(
+        title="Synapse",
+        version=synapse.__version__,
+        description="Many AI personas on one modest machine. The routes under /v1 are OpenAI's; personas are models.",
+        docs_url=None,  # these pages load scripts from other sites
+        redoc_url=None,
+        lifespan=_lifespan,
+    )
+    app.state.server = ServerState(context, Slots(context.settings.max_concurrent_requests), body_timeout)
+    app.include_router(health.router)
+    app.include_router(openai_routes.router)
+    app.include_router(command_routes())
+    app.add_middleware(RequestLog)
+    app.exception_handler(SynapseError)(_known_error)
+    app.exception_handler(RequestValidationError)(_wrong_body)
+    app.exception_handler(HTTPException)(_wrong_path)
+    app.exception_handler(Exception)(_defect)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: ServerState = app.state.server
+    loading = asyncio.create_task(load_default_model(state))
+    try:
+        yield
+    finally:
+        state.stopping = True
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+
+
+async def load_default_model(state: ServerState) -> None:
+    """Load the model that new personas use, and note in the state how that went."""
+    try:
+        engines = await state.context.get(open_engines)
+        await engines.get(state.context.settings.default_model)
+    except SynapseError as error:
+        state.loading = f"the default model cannot be loaded: {error.message}"
+        log.error("the default model cannot be loaded", reason=error.message, hint=error.hint)  # noqa: TRY400
+    else:
+        state.loading = None
+
+
+async def _known_error(request: Request, error: SynapseError) -> Response:
+    return error_response(error, request.url.path)
+
+
+async def _wrong_body(request: Request, error: RequestValidationError) -> Response:
+    return error_response(from_validation(error.errors(), error.body), request.url.path)
+
+
+async def _wrong_path(request: Request, error: HTTPException) -> Response:
+    """Starlette's own errors: a path or a method that does not exist."""
+    path = request.url.path
+    known: SynapseError
+    if error.status_code == 404:
+        known = NotFound(f"there is no {request.method} {path[:200]}", hint="GET /openapi.json lists the routes")
+    elif error.status_code == 405:
+        known = WrongMethod(f"{path[:200]} does not take {request.method}", hint="GET /openapi.json lists the routes")
+    else:
+        known = InvalidInput(str(error.detail))
+    response = error_response(known, path)
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = value
+    return response
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    """Anything else is a defect: uvicorn logs its traceback, and the client learns nothing of what is inside."""
+    log.error("a request failed", method=request.method, path=request.url.path, error=type(error).__name__)
+    return error_response(InternalError("the server failed", hint="the log of the server says more"), request.url.path)

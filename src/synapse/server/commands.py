@@ -1,0 +1,101 @@
+"""Commands for API keys."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from synapse.commands import Argument, Context, command
+from synapse.errors import Conflict, NotFound
+from synapse.server.keys import ApiKey, KeyPermission, new_key
+from synapse.store import now, open_store
+
+
+class CreateKey(BaseModel):
+    """What a new key is for."""
+
+    name: Annotated[str, Argument()] = Field(description="what the key is for", min_length=1, max_length=64)
+    permissions: list[KeyPermission] = Field(
+        default=["chat"], min_length=1, description="chat: models and completions; read, manage: commands"
+    )
+
+
+class NewKey(BaseModel):
+    """A key that was just made: the only time its secret is shown."""
+
+    name: str
+    permissions: list[KeyPermission]
+    key: str = Field(description="the secret; it cannot be shown again")
+
+
+class ListKeys(BaseModel):
+    """Nothing to choose."""
+
+
+class KeyRow(BaseModel):
+    """A key, without its secret."""
+
+    name: str
+    prefix: str
+    permissions: list[KeyPermission]
+    created_at: datetime
+    last_used_at: datetime | None
+    revoked_at: datetime | None
+
+
+class KeyList(BaseModel):
+    """All keys, revoked ones included."""
+
+    items: list[KeyRow]
+
+
+class RevokeKey(BaseModel):
+    """Which key."""
+
+    name: Annotated[str, Argument()] = Field(description="name of the key")
+
+
+@command("key/create", permission="manage")
+async def create_key(params: CreateKey, context: Context) -> NewKey:
+    """Make an API key and show it, once.
+
+    From the first key on the server answers only requests that carry one, and may be bound to other addresses than
+    loopback.
+    """
+    store = await context.get(open_store)
+    if await store.find(ApiKey, name=params.name) is not None:
+        raise Conflict(
+            f"there is a key called {params.name!r} already", hint="choose another name; a name is never used again"
+        )
+    secret, key = new_key(params.name, params.permissions)
+    await store.create(key)
+    return NewKey(name=key.name, permissions=key.permissions, key=secret)
+
+
+@command("key/list", permission="read")
+async def list_keys(params: ListKeys, context: Context) -> KeyList:
+    """List the API keys, without their secrets."""
+    store = await context.get(open_store)
+    keys = await store.list(ApiKey, order_by="name")
+    return KeyList(items=[_row(key) for key in keys])
+
+
+@command("key/revoke", permission="manage")
+async def revoke_key(params: RevokeKey, context: Context) -> KeyRow:
+    """Make an API key useless, at once and for good.
+
+    The server goes on asking for a key after the last one is revoked.
+    """
+    store = await context.get(open_store)
+    key = await store.find(ApiKey, name=params.name)
+    if key is None:
+        raise NotFound(f"there is no key called {params.name!r}", hint="`synapse key list` shows the keys")
+    if key.revoked_at is None:
+        key = await store.update(ApiKey, key.id, {"revoked_at": now()})
+    return _row(key)
+
+
+def _row(key: ApiKey) -> KeyRow:
+    return KeyRow(**key.model_dump(include=set(KeyRow.model_fields)))

@@ -1,0 +1,95 @@
+"""OpenAI's API: `/v1/models`, `/v1/chat/completions` and `/v1/completions`. Personas are its models."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from synapse.engines import BadGrammar, ContextOverflow
+from synapse.server.catalogue import find_served, list_served
+from synapse.server.event_stream import EventStream
+from synapse.server.generation import Generation, collect, unless_gone
+from synapse.server.prompts import Prepared, prepare_chat, prepare_completions
+from synapse.server.routing import ServerState, guarded
+from synapse.server.shapes import (
+    ChatShape,
+    CompletionShape,
+    Frame,
+    Shape,
+    chat_frame,
+    chunks,
+    completion_frame,
+    whole_answer,
+)
+from synapse.server.wire import ChatBody, CompletionBody, GenerationBody
+
+READING_TIME = 30.0
+"""Seconds a client has, after the last token, to read what is left of its stream."""
+
+router = APIRouter(route_class=guarded("chat"), tags=["openai"])
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """List the personas, and the base models that are pulled."""
+    state: ServerState = request.app.state.server
+    return {"object": "list", "data": [each.as_wire() for each in await list_served(state.context)]}
+
+
+@router.get("/v1/models/{model:path}")
+async def show_model(request: Request, model: str) -> dict[str, Any]:
+    """Describe one persona or base model."""
+    state: ServerState = request.app.state.server
+    return (await find_served(state.context, model)).as_wire()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request, body: ChatBody) -> Response:
+    """Answer a conversation as a persona; with `stream`, as server-sent events."""
+    state: ServerState = request.app.state.server
+    async with AsyncExitStack() as resources:
+        resources.enter_context(state.slots.take(body.choices))
+        prepared = await prepare_chat(state.context, body)
+        shape = ChatShape(prepared.runner.engine.tokenizer, logprobs=body.alternatives is not None)
+        return await _answer(request, body, prepared, shape=shape, frame=chat_frame(body.model), resources=resources)
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request, body: CompletionBody) -> Response:
+    """Go on from one prompt or several, as they are; with `stream`, as server-sent events."""
+    state: ServerState = request.app.state.server
+    count = body.choices * len(body.prompts)
+    async with AsyncExitStack() as resources:
+        resources.enter_context(state.slots.take(count))
+        prepared = await prepare_completions(state.context, body)
+        shape = CompletionShape(prepared.runner.engine.tokenizer, logprobs=body.logprobs is not None, count=count)
+        return await _answer(
+            request, body, prepared, shape=shape, frame=completion_frame(body.model), resources=resources
+        )
+
+
+async def _answer(
+    http: Request, body: GenerationBody, prepared: Prepared, *, shape: Shape, frame: Frame, resources: AsyncExitStack
+) -> Response:
+    """Generate and respond. A stream takes the resources over; they are closed when it ends."""
+    state: ServerState = http.app.state.server
+    timeout = state.context.settings.request_timeout
+    count = len(prepared.requests)
+    try:
+        events = await resources.enter_async_context(Generation(prepared.runner, prepared.requests, timeout=timeout))
+        if not body.stream:
+            answers = await unless_gone(http, collect(events, count))
+            return JSONResponse(whole_answer(frame, shape, answers, body.choices))
+        await unless_gone(http, events.wait_for_first())
+    except BadGrammar as error:
+        error.details["param"] = "response_format"
+        raise
+    except ContextOverflow as error:
+        if isinstance(body, CompletionBody) and error.details.get("param") == "messages":
+            error.details["param"] = "prompt"
+        raise
+    objects = chunks(frame, shape, events, count=count, choices=body.choices, include_usage=body.include_usage)
+    return EventStream(objects, resources=resources.pop_all(), timeout=timeout + READING_TIME)

@@ -1,0 +1,170 @@
+"""`synapse up`: the server as a process, from binding its address to the last answer before it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import shlex
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+from fastapi import FastAPI
+
+from synapse.commands import Context
+from synapse.config import Settings
+from synapse.engines import open_engines
+from synapse.errors import Conflict, Forbidden, InvalidInput, Unavailable
+from synapse.server.access import MAKE_A_KEY, is_loopback
+from synapse.server.app import create_app
+from synapse.server.catalogue import list_served
+from synapse.server.keys import any_key_exists
+from synapse.server.request_log import configure_logging
+from synapse.store import open_store
+
+STOPPING_TIME = 30
+"""Seconds that answers in progress get to finish once the server was told to stop."""
+HEADER_BYTES = 32 * 1024
+IDLE_CONNECTION = 15
+
+
+class NeedsKey(Forbidden):
+    """The address can be reached from other machines, and no API key protects it."""
+
+    code = "needs_key"
+
+
+class PortInUse(Conflict):
+    """Another program listens on the address already."""
+
+    code = "port_in_use"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which SIGINT and SIGTERM stop without ending the process: its context is still to be closed."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        caught: list[signal.Signals] = []
+        for name in (signal.SIGINT, signal.SIGTERM):
+            with suppress(RuntimeError, ValueError, NotImplementedError):  # not the main thread: nothing to catch
+                loop.add_signal_handler(name, self.stop, name)
+                caught.append(name)
+        try:
+            yield
+        finally:
+            for name in caught:
+                loop.remove_signal_handler(name)
+
+    def stop(self, name: signal.Signals = signal.SIGTERM) -> None:
+        """Stop when the answers in progress are done; a second call stops at once."""
+        self._on_stop()
+        self.force_exit = self.should_exit
+        self.handle_exit(name, None)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until told to stop (Ctrl-C, SIGTERM).
+
+    Raises:
+        NeedsKey: the host is not a loopback address and no API key exists.
+        PortInUse: another program listens there.
+        InvalidInput, Unavailable: the host cannot be bound.
+        NotFound: the default model is not here.
+    """
+    configure_logging()
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    async with Context(settings) as context:
+        listener = await bind(context)
+        server = make_server(create_app(context))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        engines = await context.get(open_engines)
+        loading = asyncio.create_task(engines.get(settings.default_model))
+        try:
+            await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                await loading
+                print(await greeting(context, listener), flush=True)
+        except BaseException:
+            server.stop()
+            raise
+        finally:
+            await serving
+
+
+def make_server(app: FastAPI) -> Server:
+    """A server for an application; `serve(sockets=[…])` runs it."""
+
+    def stopping() -> None:
+        app.state.server.stopping = True
+
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=IDLE_CONNECTION,
+        timeout_graceful_shutdown=STOPPING_TIME,
+    )
+    return Server(config, stopping)
+
+
+async def bind(context: Context) -> socket.socket:
+    """A listening socket on the settings' host and port.
+
+    Raises:
+        NeedsKey, PortInUse, InvalidInput, Unavailable: see `serve`.
+    """
+    settings = context.settings
+    host, port = settings.host, settings.port
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise InvalidInput(f"the host {host!r} cannot be found: {error.strerror}", hint="set SYNAPSE_HOST") from error
+    family, _, _, _, address = found[0]
+    if not is_loopback(str(address[0])) and not await any_key_exists(await context.get(open_store)):
+        raise NeedsKey(
+            f"{host} can be reached from other machines, and there is no API key to keep strangers out",
+            hint=f"{MAKE_A_KEY}; or stay on 127.0.0.1",
+        )
+    try:
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except OSError as error:
+        where = f"{host}:{port}"
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(
+                f"another program listens on {where} already",
+                hint="stop it, or choose another port with SYNAPSE_PORT; 0 picks a free one",
+            ) from error
+        raise Unavailable(f"cannot listen on {where}: {error.strerror}", hint="choose another port or host") from error
+
+
+async def greeting(context: Context, listener: socket.socket) -> str:
+    """What a person who starts the server wants to know: where it is, who is there, how to ask."""
+    served = await list_served(context)
+    personas = [each.name for each in served if each.is_persona]
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    key = " -H 'Authorization: Bearer KEY'" if await any_key_exists(await context.get(open_store)) else ""
+    model = personas[0] if personas else context.settings.default_model
+    who = f"personas: {', '.join(personas)}" if personas else "no personas yet: `synapse persona create NAME` makes one"
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    return (
+        f"Synapse answers at {url} ({who}). Try:\n"
+        f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    )

@@ -1,0 +1,75 @@
+"""Bringing the tables of a database up to date, once, whoever opens it first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from synapse.store.database import POSTGRESQL, WRITES, translated
+from synapse.store.errors import DatabaseTooNew
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+REVISIONS = ("0001",)
+"""Every migration, oldest first. Stated here so that a database which is up to date needs no Alembic to say so."""
+FOLDER = Path(__file__).parent / "migrations"
+LOCK = 0x53594E41  # "SYNA": any number, the same in every process
+
+
+async def migrate(engine: AsyncEngine) -> None:
+    """Run the migrations that this database lacks, in one transaction; processes that open it at once take turns.
+
+    Raises:
+        DatabaseTooNew: its version is none that this Synapse knows.
+        Unavailable, Overloaded, Corrupt: the database cannot be used.
+    """
+    with translated(engine.url):
+        async with engine.connect() as connection:
+            if await connection.run_sync(_version) == REVISIONS[-1]:
+                return
+        async with engine.connect() as plain:
+            if engine.dialect.name == POSTGRESQL:
+                # Read committed: what is read after waiting for the lock must be what the one before has written.
+                connection = await plain.execution_options(isolation_level="READ COMMITTED")
+                async with connection.begin():
+                    await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
+                    await connection.run_sync(_upgrade)
+            else:
+                connection = await plain.execution_options(**{WRITES: True})  # takes SQLite's lock at once
+                async with connection.begin():
+                    await connection.run_sync(_upgrade)
+
+
+def alembic_config() -> Config:
+    """Alembic's configuration for our migrations."""
+    from alembic.config import Config  # noqa: PLC0415 (as in `_upgrade`)
+
+    config = Config()
+    config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
+    return config
+
+
+def _version(connection: sa.Connection) -> str | None:
+    """The migration the database is at; None before the first."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    found = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+    if found is not None and found not in REVISIONS:
+        raise DatabaseTooNew(
+            f"the database is at version {found}, this Synapse knows versions up to {REVISIONS[-1]}",
+            hint="install the newer Synapse again, or use another database with SYNAPSE_DATABASE_URL",
+        )
+    return found
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    from alembic import command  # noqa: PLC0415 (slow to import, and a database that is up to date needs none of it)
+
+    if _version(connection) != REVISIONS[-1]:
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, REVISIONS[-1])
