@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -18,12 +19,15 @@ from synapse.engines.request import Grammar
 from synapse.errors import InternalError, InvalidInput
 from synapse.models.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 COMPILED_KEPT = 64
 LONGEST_CLOSING = 512
 """Steps after which looking for the shortest end is given up, in tokens."""
 CHECK_EVERY = 16
 """Tokens between two looks at the way to the end while the budget is ample."""
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class BadGrammar(InvalidInput):

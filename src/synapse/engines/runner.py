@@ -89,7 +89,8 @@ class EngineRunner:
         try:
             if request.grammar is not None:
                 await asyncio.to_thread(self.engine.compile_grammar, request.grammar)
-            self._post(lambda: self._start(stream))
+            if not self._post(lambda: self._start(stream)):
+                raise _stopped()
             while True:
                 event = await stream.events.get()
                 if isinstance(event, Exception):
@@ -125,7 +126,8 @@ class EngineRunner:
             else:
                 _tell(loop, lambda: None if done.done() else done.set_result(result))
 
-        self._post(run)
+        if not self._post(run):
+            raise _stopped()
         return await done
 
     def stats(self) -> EngineStats:
@@ -140,10 +142,14 @@ class EngineRunner:
             counters=engine.counters,
         )
 
-    def _post(self, job: Callable[[], None]) -> None:
+    def _post(self, job: Callable[[], None]) -> bool:
+        """Have the engine's thread run something between two steps; False when that thread is ending."""
         with self._wake:
+            if self._closing:
+                return False
             self._jobs.append(job)
             self._wake.notify()
+            return True
 
     # What follows runs in the engine's thread.
 
@@ -160,7 +166,7 @@ class EngineRunner:
                 break
             if self.engine.busy:
                 self._step()
-        self._fail_all(Unavailable("the engine was stopped before the answer was finished"))
+        self._fail_all(_stopped())
 
     def _step(self) -> None:
         try:
@@ -200,6 +206,10 @@ class EngineRunner:
         for stream in self._streams.values():
             _deliver(stream, error)
         self._streams.clear()
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("the engine was stopped before the answer was finished")
 
 
 def _deliver(stream: _Stream, event: Event | Exception) -> None:

@@ -64,8 +64,11 @@ class ReferenceTransformer:
         """An empty KV cache of so many blocks."""
         return KVCache(self.config.blocks, self.config.kv_heads, self.config.head_dim, blocks)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def forward(self, chunks: Sequence[Chunk], cache: KVCache) -> Array:
         """Compute one step for all sequences together, and remember their keys and values in `cache`.
+
+        Numbers that overflow (a layer may hold any finite weight) stay in their own sequence, and show in its logits.
 
         Returns:
             The logits of the wanted tokens, chunk after chunk, float32[sum of wanted, vocab].
@@ -126,9 +129,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def silu(x: Array) -> Array:
     """x / (1 + exp(-x)); exp overflowing to infinity for very negative x gives the right zero."""
-    with np.errstate(over="ignore"):
-        y: Array = x / (1 + np.exp(-x))
-        return y
+    y: Array = x / (1 + np.exp(-x))
+    return y
 
 
 def attend_all(q: Array, chunks: Sequence[Chunk], cache: KVCache, index: int) -> Array:
@@ -157,7 +159,7 @@ def attend(q: Array, keys: Array, values: Array, start: int) -> Array:
     n, heads, head_dim = q.shape
     kv_heads, length, _ = keys.shape
     grouped = q.reshape(n, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-    scores = grouped @ keys.transpose(0, 2, 1)
+    scores: Array = grouped @ keys.transpose(0, 2, 1)
     scores *= np.float32(head_dim**-0.5)
     if n > 1:
         future = np.arange(length) > np.arange(start, start + n)[:, None]
@@ -165,7 +167,7 @@ def attend(q: Array, keys: Array, values: Array, start: int) -> Array:
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
-    mixed = (scores @ values).reshape(kv_heads, heads // kv_heads, n, head_dim)
+    mixed: Array = (scores @ values).reshape(kv_heads, heads // kv_heads, n, head_dim)
     return mixed.transpose(2, 0, 1, 3).reshape(n, heads * head_dim)
 
 
