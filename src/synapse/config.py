@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     request_timeout: float = Field(600.0, gt=0, description="seconds one generation may take")
 
     backend: str = Field("auto", description="engine: auto, reference or native")
-    threads: int = Field(0, ge=0, description="threads of the engine's matrix products; 0 means one per core")
+    threads: int = Field(0, ge=0, description="threads of the engine's matrix products; 0 means one per core but one")
     max_context: int = Field(8192, ge=16, description="longest sequence, in tokens; never more than the model's own")
     max_batch: int = Field(16, ge=1, description="sequences that share one step")
     kv_cache_tokens: int = Field(0, ge=0, description="tokens the KV cache holds; 0 means one sequence of max_context")

@@ -80,8 +80,9 @@ def arrivals(layers: list[str]) -> st.SearchStrategy[list[Arrival]]:
     stacks = st.lists(
         st.tuples(st.sampled_from(layers), st.sampled_from([0.25, 1.0])), max_size=2, unique_by=lambda layer: layer[0]
     )
-    # Few different tokens, so that prompts often share prefixes with one another.
-    prompts = st.lists(st.sampled_from([5, 6]), min_size=1, max_size=90).map(tuple)
+    # Prompts that are mostly one token repeated, so that many share blocks with one another.
+    endings = st.lists(st.sampled_from([5, 6]), min_size=1, max_size=4)
+    prompts = st.builds(lambda count, ending: (5,) * count + tuple(ending), st.integers(0, 80), endings)
     requests = st.builds(
         Request,
         prompt=prompts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from synapse.engines.grammar import Constraint, Grammars
 from synapse.engines.kv_cache import BLOCK_TOKENS, BlockPool
@@ -58,6 +60,8 @@ class Limits:
         kv_cache_tokens: tokens the KV cache holds; 0 means one sequence of the longest length.
         step_tokens: tokens computed in one step, over all sequences.
         max_layers, max_layer_bytes: layers kept in memory; the least recently used that no sequence needs goes first.
+        threads: threads of the matrix products of this process; 0 means one per core but one. BLAS threads wait for
+            one another by spinning, so a single other busy process on the last core would slow them many times over.
     """
 
     max_context: int = 8192
@@ -66,6 +70,7 @@ class Limits:
     step_tokens: int = 256
     max_layers: int = 20
     max_layer_bytes: int = 500 * 2**20
+    threads: int = 0
 
 
 @dataclass(slots=True)
@@ -429,6 +434,7 @@ def open_engine_file(path: Path, backend: Backend = "auto", limits: Limits | Non
     if backend == "native":
         raise Unavailable("this version of Synapse has no native engine", hint="use the backend auto or reference")
     limits = limits or Limits()
+    threadpool_limits(limits.threads or max(1, (os.cpu_count() or 1) - 1), user_api="blas")
     file = open_model_file(path)
     tokenizer = load_tokenizer(file)
     transformer = ReferenceTransformer(load_weights(file), min(file.config.context, limits.max_context))

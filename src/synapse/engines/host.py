@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
 
-from threadpoolctl import threadpool_limits
-
 from synapse.commands import Context
 from synapse.config import Settings, load_settings
 from synapse.engines.engine import Backend, Engine, Limits, open_engine_file
@@ -23,6 +21,7 @@ def limits_from(settings: Settings) -> Limits:
         max_context=settings.max_context,
         max_batch=settings.max_batch,
         kv_cache_tokens=settings.kv_cache_tokens,
+        threads=settings.threads,
         max_layers=settings.max_layers,
         max_layer_bytes=settings.max_layer_bytes,
     )
@@ -42,13 +41,7 @@ def open_engine(model: str, backend: Backend = "auto", *, limits: Limits | None 
     """
     settings = load_settings()
     path = ModelLibrary(settings.folder("models")).resolve(model)
-    return _open(path, backend, limits or limits_from(settings), settings.threads)
-
-
-def _open(path: Path, backend: Backend, limits: Limits, threads: int) -> Engine:
-    if threads:
-        threadpool_limits(threads, user_api="blas")
-    return open_engine_file(path, backend, limits)
+    return open_engine_file(path, backend, limits or limits_from(settings))
 
 
 class EngineHost:
@@ -70,8 +63,7 @@ class EngineHost:
         async with self._opening:
             if path not in self._runners:
                 backend = cast(Backend, self._settings.backend)
-                limits, threads = limits_from(self._settings), self._settings.threads
-                engine = await asyncio.to_thread(_open, path, backend, limits, threads)
+                engine = await asyncio.to_thread(open_engine_file, path, backend, limits_from(self._settings))
                 self._runners[path] = EngineRunner(engine, max_active=self._settings.max_concurrent_requests)
             return self._runners[path]
 
