@@ -31,6 +31,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m scripts.check_docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.engine

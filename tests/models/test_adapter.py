@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from support.peft_layers import (
     BLOCKS,
     HIDDEN,
@@ -21,7 +22,6 @@ from support.peft_layers import (
     tiny_config,
     tiny_llama,
 )
-
 from synapse.errors import Corrupt, InvalidInput, NotFound
 from synapse.models.adapter import LayerCorrupt, LayerRefused, content_address, read_adapter
 from synapse.models.config import PROJECTIONS
@@ -390,6 +390,11 @@ class TestWeightsFile:
     def test_larger_than_the_limit_is_refused(self, layer: Path) -> None:
         with pytest.raises(LayerRefused, match="more than 1000 bytes"):
             read_adapter(layer, tiny_config(), max_bytes=1000)
+
+    def test_that_cannot_be_read_is_refused(self, layer: Path) -> None:
+        (layer / "adapter_model.safetensors").unlink()
+        (layer / "adapter_model.safetensors").symlink_to("/proc/self/mem")
+        refused(layer, "unreadable")
 
     def test_that_is_a_folder_is_refused(self, layer: Path) -> None:
         (layer / "adapter_model.safetensors").unlink()

@@ -109,7 +109,7 @@ def read_layer_files(folder: Path, *, max_bytes: int = MAX_WEIGHTS_BYTES) -> tup
 
     Raises:
         NotFound: there is no such folder.
-        LayerRefused: ``pickle``, ``missing_file`` or ``too_large``.
+        LayerRefused: ``pickle``, ``missing_file``, ``unreadable`` or ``too_large``.
     """
     if not folder.is_dir():
         raise NotFound(f"there is no folder {folder}", hint="give the folder that PEFT's save_pretrained wrote")
@@ -198,10 +198,13 @@ def _refuse_pickle(folder: Path) -> None:
 
 def _read(path: Path, limit: int) -> bytes:
     """The bytes of a regular file of at most `limit` bytes."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise LayerRefused("missing_file", f"{path} is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise LayerRefused("missing_file", f"{path} is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise LayerRefused("unreadable", f"{path} cannot be read: {error.strerror}") from error
     if len(data) > limit:
         raise LayerRefused("too_large", f"{path.name} has more than {limit} bytes, the most that are read")
     return data

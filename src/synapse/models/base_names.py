@@ -16,9 +16,7 @@ HUB_CACHE = re.compile(r"models--[^/]+--([^/]+)")
 SIZE = re.compile(r"\d+(?:\.\d+)?[mb]")
 VERSION = re.compile(r"v?(\d+(?:\.\d+)?)")
 # Words that many models share, so that sharing them proves nothing.
-COMMON = frozenset(
-    {"a", "base", "chat", "f16", "gguf", "hf", "instruct", "it", "meta", "mini", "model", "of", "the", "tiny"}
-)
+COMMON = frozenset({"a", "base", "chat", "f16", "gguf", "hf", "instruct", "it", "meta", "model", "of", "the"})
 QUANTISATION = re.compile(r"(?:q\d|k|m|s|l|0|1|bf16|fp16|f32|4bit|8bit|bnb|gptq|awq)")
 
 
@@ -29,7 +27,7 @@ def says_another_model(base: str, names: Iterable[str]) -> bool:
     versions (3, 3.2) differ, or they share no word of the family (smollm2, llama). A path on disk without a size in
     its last part says nothing, and neither do names of no known word.
     """
-    known = [words for words in map(_words, names) if words]
+    known = [words for words in (_words(_last_part(name)) for name in names) if words]
     said = _words(_last_part(base))
     informative = bool(HUB_ID.fullmatch(base)) or any(SIZE.fullmatch(word) for word in said)
     if not known or not said or not informative:

@@ -7,15 +7,13 @@ beside them and is renamed into place when it is complete, the record last; so w
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
 from synapse.commands import Context, Progress
 from synapse.commands.context import no_progress
@@ -24,7 +22,6 @@ from synapse.models.errors import ModelFileCorrupt
 from synapse.models.gguf_file import open_model_file
 from synapse.models.manifest import (
     MANIFESTS,
-    HubFile,
     LocalFile,
     Manifest,
     ManifestFile,
@@ -33,10 +30,10 @@ from synapse.models.manifest import (
     name_of,
     parse_source,
 )
+from synapse.models.record import RECORD, FileRecord, LibraryModel, Record
 from synapse.models.sources import fetch
-from synapse.models.transfer import Cancelled, DiskFull, Transfer, check_file, disk_errors, sha256_of
+from synapse.models.transfer import Cancelled, DiskFull, Transfer, check_file, disk_errors, flush, sha256_of
 
-RECORD = "model.json"
 SECONDS_BETWEEN_TRIES = 0.2
 
 
@@ -44,56 +41,6 @@ class ModelNotFound(NotFound):
     """There is no model of that name here."""
 
     code = "model_not_found"
-
-
-class FileRecord(BaseModel):
-    """One file of a model: its name in the model's folder, its sha256 and its size in bytes."""
-
-    name: str
-    sha256: str
-    size: int = Field(ge=0)
-
-    @field_validator("name")
-    @classmethod
-    def _plain(cls, name: str) -> str:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError("the name of a file in the model's folder is expected")
-        return name
-
-
-class Record(BaseModel):
-    """What `model.json` holds."""
-
-    name: str
-    description: str
-    licence: str
-    source: str
-    files: list[FileRecord] = Field(min_length=1)
-
-
-@dataclass(frozen=True, slots=True)
-class LibraryModel:
-    """A model that is here, whole.
-
-    Attributes:
-        folder: where its files are; each is `folder / record.name`.
-    """
-
-    name: str
-    description: str
-    licence: str
-    source: str
-    folder: Path
-    files: tuple[FileRecord, ...]
-
-    @property
-    def path(self) -> Path:
-        """Its GGUF file."""
-        return self.folder / self.files[0].name
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.size for file in self.files)
 
 
 class ModelLibrary:
@@ -130,7 +77,7 @@ class ModelLibrary:
             UnsupportedModel: no engine here can run it.
         """
         manifest = self._wanted(source, name)
-        transfer = Transfer(f"pulling {manifest.name}", progress or self._progress)
+        transfer = Transfer(manifest.name, progress or self._progress)
         work = asyncio.get_running_loop().run_in_executor(None, self._pull, manifest, transfer)
         try:
             return await asyncio.shield(work)
@@ -164,21 +111,22 @@ class ModelLibrary:
         return model
 
     def remove(self, name: str) -> LibraryModel:
-        """Delete the model of that name, and say what it was.
+        """Delete the model of that name, and say what it was; one whose record or file is damaged goes as well.
 
         Raises:
             ModelNotFound: it is not here.
         """
         check_model_name(name)
-        with self._lock(name, None):
-            model = self.show(name)
+        with disk_errors(self._folder), self._lock(name, None):
+            try:
+                model = self.show(name)
+            except ModelFileCorrupt:
+                model = LibraryModel(name, "", "", "", self._folder / name, ())
             grave = self._partial(name) / "removed"
             shutil.rmtree(grave.parent, ignore_errors=True)
-            with disk_errors(self._folder):
-                grave.parent.mkdir(parents=True)
-                (model.folder / RECORD).replace(grave.parent / RECORD)
-                model.folder.replace(grave)
-                shutil.rmtree(grave.parent)
+            grave.parent.mkdir(parents=True)
+            model.folder.replace(grave)  # at once, so that nobody finds half of it
+            shutil.rmtree(grave.parent)
         return model
 
     def resolve(self, name_or_path: str) -> Path:
@@ -202,9 +150,9 @@ class ModelLibrary:
     def _how_to_get(self, name: str) -> str:
         if name in self._manifests:
             return f"pull it: synapse model pull {name}"
+        names = ", ".join(sorted(self._manifests))
         return (
-            "pull it: `synapse model pull hf:ORGANISATION/REPOSITORY/FILE.gguf` or `synapse model pull /path/to/FILE.gguf`;"
-            f" by name alone there {'is' if len(self._manifests) == 1 else 'are'} {', '.join(sorted(self._manifests))}"
+            f"pull it with `synapse model pull`: a GGUF file's path, hf:ORGANISATION/REPOSITORY/FILE.gguf, or {names}"
         )
 
     def _wanted(self, source: str, name: str | None) -> Manifest:
@@ -229,41 +177,137 @@ class ModelLibrary:
         return Manifest(name, "", "", (ManifestFile(filename, "", -1, (place,)),))
 
     def _pull(self, manifest: Manifest, transfer: Transfer) -> LibraryModel:
-        with self._lock(manifest.name, transfer):
-            present = self._find(manifest.name)
+        with disk_errors(self._folder), self._lock(manifest.name, transfer):
+            try:
+                present = self._find(manifest.name)
+            except ModelFileCorrupt:
+                present = None  # pulling mends it
             if present is not None:
-                return self._same(present, manifest, transfer)
+                return _same(present, manifest.files[0])
             work = self._partial(manifest.name)
-            with disk_errors(self._folder):
-                try:
-                    work.mkdir(parents=True, exist_ok=True)
-                    model = self._install(manifest, work, transfer)
-                    shutil.rmtree(work)
-                except OSError, DiskFull:
+            try:
+                work.mkdir(parents=True, exist_ok=True)
+                model = self._install(manifest, work, transfer)
+            except BaseException as error:
+                # What an unreachable source or a stopped pull leaves is the beginning of the next attempt.
+                if not isinstance(error, Unavailable | Cancelled) or isinstance(error, DiskFull):
                     shutil.rmtree(work, ignore_errors=True)
-                    raise
+                raise
+            shutil.rmtree(work)
             return model
 
     def _install(self, manifest: Manifest, work: Path, transfer: Transfer) -> LibraryModel:
-        target, records, source = self._folder / manifest.name, [], ""
+        ready, target = work / "ready", self._folder / manifest.name
+        for left_over in (ready, work / "damaged"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        ready.mkdir()
+        records, places, description, licence = [], [], manifest.description, manifest.licence
         for file in manifest.files:
             path, place = _fetch_checked(manifest, file, work, transfer)
-            source = source or str(place)
-            size = path.stat().st_size
-            records.append(FileRecord(name=file.name, sha256=file.sha256 or sha256_of(path, transfer), size=size))
             opened = open_model_file(path)
-            description = manifest.description or opened.config.name
-            licence = manifest.licence or str(opened.metadata.get("general.license", "unknown"))
-            target.mkdir(exist_ok=True)
-            path.replace(target / file.name)
+            description = description or opened.config.name
+            licence = licence or str(opened.metadata.get("general.license", "unknown"))
+            sha256 = file.sha256 or sha256_of(path, transfer)
+            records.append(FileRecord(name=file.name, sha256=sha256, size=path.stat().st_size))
+            places.append(str(place))
+            path.replace(ready / file.name)
         record = Record(
-            name=manifest.name, description=description[:200], licence=licence[:100], source=source, files=records
+            name=manifest.name,
+            description=description[:200],
+            licence=licence[:100],
+            source=" ".join(places),
+            files=records,
         )
-        draft = work / RECORD
-        with draft.open("w", encoding="utf-8") as out:
-            out.write(record.model_dump_json(indent=2))
-            out.flush()
-            os.fsync(out.fileno())
-        draft.replace(target / RECORD)
-        transfer.report(sum(r.size for r in records), sum(r.size for r in records))
-        return _model(record, target)
+        with (ready / RECORD).open("wb") as out:
+            out.write(record.model_dump_json(indent=2).encode())
+            flush(out)
+        if target.exists():
+            target.replace(work / "damaged")
+        ready.replace(target)
+        return LibraryModel.of(record, target)
+
+    def _find(self, name: str) -> LibraryModel | None:
+        folder = self._folder / name
+        hint = f"pull it again, or remove it: synapse model rm {name}"
+        try:
+            record = Record.model_validate_json((folder / RECORD).read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ModelFileCorrupt(f"the record {folder / RECORD} cannot be read: {reason}", hint=hint) from error
+        for file in record.files:
+            path = folder / file.name
+            if not path.is_file() or path.stat().st_size != file.size:
+                raise ModelFileCorrupt(
+                    f"{path} should have {file.size} bytes, but is missing or has changed", hint=hint
+                )
+        return LibraryModel.of(record, folder)
+
+    def _partial(self, name: str) -> Path:
+        return self._folder / ".partial" / name
+
+    @contextmanager
+    def _lock(self, name: str, transfer: Transfer | None) -> Iterator[None]:
+        """Only one process and thread at a time changes a model; others wait."""
+        path = self._folder / ".locks" / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        while True:
+            try:
+                with lock.acquire(timeout=SECONDS_BETWEEN_TRIES):
+                    yield
+                    return
+            except Timeout:
+                if transfer is not None:
+                    transfer.check()
+
+
+def _fetch_checked(manifest: Manifest, file: ManifestFile, work: Path, transfer: Transfer) -> tuple[Path, Source]:
+    """The file from the first source that has it, with the sha256 that the manifest demands."""
+    failures: list[SynapseError] = []
+    for source in file.sources:
+        try:
+            path = fetch(source, work, transfer)
+            if file.sha256:
+                check_file(path, f"{file.name} from {source}", file.size, file.sha256, transfer)
+        except DiskFull:
+            raise
+        except SynapseError as error:
+            failures.append(error)
+        else:
+            return path, source
+    last = failures[-1]
+    if isinstance(last, Unavailable) and file.sha256:
+        last.hint = (
+            f"{last.hint}; or fetch {file.name} on another machine and run"
+            f" `synapse model pull /path/to/{file.name} --name {manifest.name}`"
+        )
+    raise last
+
+
+def _same(present: LibraryModel, wanted: ManifestFile) -> LibraryModel:
+    """The model that is here, if it is what a pull would bring.
+
+    Raises:
+        Conflict: it is another one.
+    """
+    source = wanted.sources[0]
+    if wanted.sha256:
+        same = present.files[0].sha256 == wanted.sha256
+    elif isinstance(source, LocalFile) and source.path.is_file():
+        same = source.path.stat().st_size == present.size_bytes and sha256_of(source.path) == present.files[0].sha256
+    else:
+        same = present.source == str(source)
+    if not same:
+        raise Conflict(
+            f"there is another model called {present.name} here, from {present.source}",
+            hint=f"choose another name with --name, or remove it first: synapse model rm {present.name}",
+        )
+    return present
+
+
+@asynccontextmanager
+async def open_library(context: Context) -> AsyncIterator[ModelLibrary]:
+    """The library in the home folder; its pulls report to the context's listener."""
+    yield ModelLibrary(context.settings.folder("models"), context.progress)

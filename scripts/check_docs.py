@@ -1,0 +1,132 @@
+"""Run the examples in the documentation: `python -m scripts.check_docs [FILE …]`.
+
+In README.md and docs/, every line that starts with `$ ` in a console block is run, file by file, in a fresh home that
+has the default model; every python block that imports something is run too. An example that exits with anything but 0
+fails the check. `synapse up` starts a server for the rest of the file. Lines for the shell of the reader's own project
+(`make`, `git`, `pip`) are left alone: CI runs those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from synapse.commands import Context
+from synapse.config import Settings
+from synapse.models.library import open_library
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NOT_RUN = ("make", "git", "pip", "cd")
+TIMEOUT = 300
+
+
+@dataclass(frozen=True)
+class Example:
+    """One command or program, and the line of the file it stands in."""
+
+    kind: str
+    text: str
+    line: int
+
+
+def examples(text: str) -> Iterator[Example]:
+    """The examples of a page, in order. A console line that ends in a backslash goes on in the next."""
+    for block in BLOCK.finditer(text):
+        kind, body = block.groups()
+        line = text.count("\n", 0, block.start()) + 2
+        if kind == "python":
+            if re.search(r"^(import|from) ", body, re.MULTILINE):
+                yield Example(kind, body, line)
+            continue
+        for command in re.finditer(r"^\$ ((?:.*\\\n)*.*)$", body, re.MULTILINE):
+            if command[1].split()[0] not in NOT_RUN:
+                yield Example(kind, command[1], line + body.count("\n", 0, command.start()))
+
+
+def run_page(path: Path, environment: dict[str, str]) -> list[str]:
+    """Run a page's examples; what failed, as lines to print."""
+    failures: list[str] = []
+    servers: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            for example in examples(path.read_text()):
+                where = f"{path.relative_to(ROOT)}:{example.line}"
+                if example.text.startswith("synapse up"):
+                    servers.append(start_server(example.text, environment, work))
+                    continue
+                command = (
+                    [sys.executable, "-c", example.text] if example.kind == "python" else ["bash", "-c", example.text]
+                )
+                done = subprocess.run(
+                    command, env=environment, cwd=work, capture_output=True, text=True, timeout=TIMEOUT, check=False
+                )
+                print(f"{where}: {example.text.splitlines()[0][:100]} -> {done.returncode}")
+                if done.returncode:
+                    failures.append(f"{where}: exit {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+        finally:
+            for server in servers:
+                server.terminate()
+                server.wait(30)
+    return failures
+
+
+def start_server(command: str, environment: dict[str, str], work: str) -> subprocess.Popen[bytes]:
+    """Start a server and wait until it is ready."""
+    server = subprocess.Popen(command.split(), env=environment, cwd=work)
+    url = f"http://127.0.0.1:{environment['SYNAPSE_PORT']}/ready"
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return server
+        except (urllib.error.URLError, ConnectionError):
+            if server.poll() is not None:
+                break
+            time.sleep(0.2)
+    raise SystemExit(f"{command} did not become ready")
+
+
+async def default_model() -> Path:
+    """The default model's file, in the home that the tests keep."""
+    home = Path(os.environ.get("SYNAPSE_TEST_HOME") or platformdirs.user_cache_path("synapse-tests"))
+    async with Context(Settings(home=home)) as context:
+        library = await context.get(open_library)
+        await library.pull(context.settings.default_model)
+        return library.resolve(context.settings.default_model)
+
+
+def main() -> None:
+    pages = [Path(name).absolute() for name in sys.argv[1:]] or [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    model = asyncio.run(default_model())
+    failures: list[str] = []
+    for page in pages:
+        with tempfile.TemporaryDirectory() as home:
+            folder = Path(home) / "models" / model.parent.name
+            shutil.copytree(model.parent, folder)
+            bin_folder = Path(sys.executable).parent
+            environment = {
+                **{name: value for name, value in os.environ.items() if not name.startswith("SYNAPSE_")},
+                "SYNAPSE_HOME": home,
+                "SYNAPSE_PORT": "8377",
+                "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+            }
+            failures += run_page(page, environment)
+    print("\n".join(failures))
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+# ruff: noqa: ASYNC240 (the files are small, and nothing else runs on the loop)
+"""The commands of the group `model`, through the registry as every surface runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.small_gguf import write_small_gguf
+from synapse.commands import Context, find_command, load_group
+from synapse.config import Settings
+from synapse.models.commands import ListModels, ModelName, PullModel
+from synapse.models.library import ModelNotFound
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(Settings(home=tmp_path / "home"))
+
+
+def test_the_group_has_four_commands_and_reading_needs_no_rights_to_change() -> None:
+    assert {c.name: c.permission for c in load_group("model")} == {
+        "model/list": "read",
+        "model/pull": "manage",
+        "model/rm": "manage",
+        "model/show": "read",
+    }
+
+
+async def test_a_model_is_pulled_listed_shown_and_removed(context: Context, tmp_path: Path) -> None:
+    source = write_small_gguf(tmp_path / "source.gguf")
+    pull, show = find_command("model/pull"), find_command("model/show")
+    pulled = await pull.run(PullModel(source=str(source), name="mine"), context)
+    shown = await show.run(ModelName(name="mine"), context)
+    assert shown == pulled
+    (file,) = shown.model_dump()["files"]
+    assert Path(file["path"]).is_absolute()
+    assert Path(file["path"]).read_bytes() == source.read_bytes()
+    assert file["size"] == source.stat().st_size
+    assert len(file["sha256"]) == 64
+
+    rows = (await find_command("model/list").run(ListModels(), context)).model_dump()["items"]
+    assert [(row["name"], row["status"]) for row in rows] == [("mine", "ready"), ("smollm2-135m", "available")]
+
+    removed = await find_command("model/rm").run(ModelName(name="mine"), context)
+    assert removed.model_dump() == {"name": "mine", "freed_bytes": source.stat().st_size}
+    with pytest.raises(ModelNotFound):
+        await show.run(ModelName(name="mine"), context)
+
+
+async def test_a_pull_reports_to_the_contexts_listener(tmp_path: Path) -> None:
+    source, seen = write_small_gguf(tmp_path / "source.gguf"), []
+    context = Context(
+        Settings(home=tmp_path / "home"), progress=lambda label, done, total: seen.append((label, done, total))
+    )
+    await find_command("model/pull").run(PullModel(source=str(source), name="mine"), context)
+    assert seen[-1] == ("copying mine", source.stat().st_size, source.stat().st_size)
+
+
+@pytest.mark.slow
+def test_the_default_model_comes_by_its_name_alone(default_model: Path) -> None:
+    assert default_model.stat().st_size == 98_362_432
+    assert default_model.parent.name == "smollm2-135m"
