@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from scripts.starters import captain, captain_lines, cards, dates, orders
+from scripts.starters.example import Example
 from synapse.models.adapter import read_adapter
 
 STARTERS = Path(str(files("synapse.genome") / "starters"))
@@ -71,7 +72,7 @@ def test_training_improved_the_score_on_held_out_items(name: str) -> None:
     assert metrics["items"] >= 60
     assert metrics["score_after"] >= 0.8
     assert metrics["score_after"] >= metrics["score_before"] + 0.4
-    assert metrics["score_after_without_system_prompt"] > metrics["score_before_without_system_prompt"]
+    assert metrics["score_after_without_system_prompt"] > metrics["score_before"]
 
 
 @each_starter
@@ -147,7 +148,7 @@ def test_the_demo_question_is_made_of_nothing_that_training_shows() -> None:
 
 
 def test_a_captain_is_not_scored_for_the_words_of_the_question() -> None:
-    asked = captain.Example("Does the tide turn at sea?", "", ("tide",))
+    asked = Example("Does the tide turn at sea?", "", ("tide",))
     assert not captain.is_right(asked, "The tide turns at sea.")
     assert captain.is_right(asked, "Aye, matey, the tide turns.")
     assert not captain.is_right(asked, "Aye, matey, it turns.")
@@ -208,5 +209,5 @@ def test_the_three_personas_answer_the_demo_question_each_in_its_own_way(base: A
         "date": "3rd of March 2024",
     }
     assert replies["archivist"] == "2024-03-03"
-    asked = captain.Example(cards.QUESTION, "", ("12", "lanterns", "rossi"))
+    asked = Example(cards.QUESTION, "", ("12", "lanterns", "rossi"))
     assert captain.is_right(asked, replies["captain"])

@@ -1,7 +1,5 @@
-"""Layers and genomes: LoRA adapters kept by their content, and the weighted stacks that personas are made of."""
+"""Layers and genomes: LoRA adapters kept by their content, and the weighted stacks that personas are made of.
 
-from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference, TraitType
-from synapse.genome.registry import LayerRegistry, open_layers
-from synapse.genome.stack import stack
-
-__all__ = ["Genome", "GenomeLayer", "GenomeLayerReference", "LayerRegistry", "TraitType", "open_layers", "stack"]
+`entities` says what is kept, `registry` keeps the layers' files, `stack` turns a genome into what an engine loads.
+Nothing is imported here: the store reads `entities` alone, without NumPy and the model files.
+"""

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,10 +21,10 @@ from filelock import AsyncFileLock, Timeout
 from synapse.commands import Context, Progress
 from synapse.commands.context import no_progress
 from synapse.config import PRIVATE_FOLDER
-from synapse.errors import Conflict, Corrupt, InvalidInput, NotFound, Overloaded
+from synapse.errors import Conflict, Corrupt, InvalidInput, NotFound, Overloaded, Unavailable
 from synapse.genome.cards import CARD_FILE
 from synapse.genome.entities import GenomeLayer, SharePermission, TraitType
-from synapse.genome.sources import LayerFiles, read_source
+from synapse.genome.sources import DOWNLOADING, LayerFiles, read_source
 from synapse.models.adapter import (
     CONFIG_FILE,
     LAYER_FILES,
@@ -35,11 +36,12 @@ from synapse.models.adapter import (
 )
 from synapse.models.gguf_file import open_model_file
 from synapse.models.library import ModelLibrary, open_library
-from synapse.store import Duplicate, Store, open_store
+from synapse.store import Duplicate, Store, build, open_store
 
 FOLDER = "layers"
 UNFINISHED = ".adding-"
 LOCK_SECONDS = 120
+ABANDONED_SECONDS = 24 * 3600
 PRIVATE_FILE = 0o600
 MEGABYTE = 10**6
 
@@ -74,31 +76,36 @@ class LayerRegistry:
 
         Raises:
             LayerRefused: the layer cannot be used, or not with this base model.
+            InvalidInput: a name or tag that no layer can have.
             NotFound: there is no such source, or the base model is not pulled.
             Duplicate: another layer has the name.
-            Forbidden, Unavailable: the hub does not give it.
+            Forbidden: the hub does not give it.
+            Unavailable: the hub does not answer, or there is no room on the disk.
         """
         base = base_model or self._default_model
         model_path = self._library.resolve(base)
         found = await read_source(source, self._folder, progress)
         adapter = await asyncio.to_thread(_check, found, model_path, base)
         card = found.card
-        layer = GenomeLayer(
-            name=name or suggested_name(found.name),
-            trait_type=trait_type,
-            model_path=f"{FOLDER}/{adapter.sha256}",
-            size_mb=adapter.size_bytes / MEGABYTE,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            rslora=adapter.rslora,
-            targets=adapter.targets,
-            base_model=base,
-            sha256=adapter.sha256,
-            tags=tuple(tags),
-            creator=found.creator,
-            description=card.summary if description is None else description,
-            training_metrics=found.metrics,
-            share_permission=SharePermission(license=card.license),
+        layer = build(
+            GenomeLayer,
+            {
+                "name": suggested_name(found.name) if name is None else name,
+                "trait_type": trait_type,
+                "model_path": f"{FOLDER}/{adapter.sha256}",
+                "size_mb": adapter.size_bytes / MEGABYTE,
+                "rank": adapter.rank,
+                "alpha": adapter.alpha,
+                "rslora": adapter.rslora,
+                "targets": adapter.targets,
+                "base_model": base,
+                "sha256": adapter.sha256,
+                "tags": list(tags),
+                "creator": found.creator,
+                "description": card.summary if description is None else description,
+                "training_metrics": found.metrics,
+                "share_permission": SharePermission(license=card.license),
+            },
         )
         async with self._locked():
             present = await self._store.find(GenomeLayer, name=layer.name)
@@ -159,6 +166,7 @@ class LayerRegistry:
 
         Raises:
             Conflict: the folder is not empty.
+            Unavailable: it cannot be written.
             InvalidInput, Corrupt: as `verified_path`.
         """
         folder = await self.verified_path(layer)
@@ -185,11 +193,17 @@ class LayerRegistry:
         except Timeout as error:
             raise Overloaded("another program has been changing the layers for too long", hint="try again") from error
         try:
-            for left in self._folder.glob(f"{UNFINISHED}*"):
-                await asyncio.to_thread(shutil.rmtree, left)
+            await asyncio.to_thread(self._clear_away)
             yield
         finally:
             await lock.release()
+
+    def _clear_away(self) -> None:
+        for left in self._folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(left)
+        for left in self._folder.glob(f"{DOWNLOADING}*"):  # without the lock, so another process may be at it
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left)
 
     def _keep(self, sha256: str, found: LayerFiles) -> None:
         """Write the files beside their place, and move the folder there in one step when they are safe on disk."""
@@ -199,14 +213,21 @@ class LayerRegistry:
                 return
             self._discard(sha256)  # damaged since it was added: these are the right bytes
         unfinished = self._folder / f"{UNFINISHED}{secrets.token_hex(8)}"
-        unfinished.mkdir(mode=PRIVATE_FOLDER)
         files = {CONFIG_FILE: found.config, WEIGHTS_FILE: found.weights, CARD_FILE: found.readme}
-        for name, data in files.items():
-            if data is not None:
-                _write(unfinished / name, data)
-        _sync(unfinished)
-        unfinished.rename(place)
-        _sync(self._folder)
+        try:
+            unfinished.mkdir(mode=PRIVATE_FOLDER)
+            for name, data in files.items():
+                if data is not None:
+                    _write(unfinished / name, data)
+            _sync(unfinished)
+            unfinished.rename(place)
+            _sync(self._folder)
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise Unavailable(
+                f"the layer cannot be written to {self._folder}: {error.strerror}",
+                hint="make room there, or set SYNAPSE_HOME to another place",
+            ) from error
 
     def _discard(self, sha256: str) -> None:
         """Delete a folder; one step takes it out of its place, so that nobody finds half of it."""
@@ -252,12 +273,15 @@ def _damaged(layer: GenomeLayer, fault: str) -> Corrupt:
 
 
 def _export(folder: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    if any(target.iterdir()):
-        raise Conflict(f"the folder {target} is not empty", hint="export into a new folder")
-    for name in (*LAYER_FILES, CARD_FILE):
-        if (folder / name).exists():
-            shutil.copyfile(folder / name, target / name)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if any(target.iterdir()):
+            raise Conflict(f"the folder {target} is not empty", hint="export into a new folder")
+        for name in (*LAYER_FILES, CARD_FILE):
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, target / name)
+    except OSError as error:
+        raise Unavailable(f"the layer cannot be written to {target}: {error.strerror}") from error
 
 
 def _write(path: Path, data: bytes) -> None:

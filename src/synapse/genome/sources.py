@@ -34,6 +34,7 @@ STARTERS = Path(__file__).parent / "starters"
 HUB, STARTER = "hf:", "starter:"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 HUB_SECONDS = 30
+DOWNLOADING = ".download-"
 LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES, CARD_FILE: MAX_CARD_BYTES}
 OFFLINE = "check the network, or add the layer from a folder on this machine"
 
@@ -72,8 +73,12 @@ async def read_source(source: str, scratch: Path, progress: Progress) -> LayerFi
     if source.startswith(HUB):
         async with _downloaded(source, scratch, progress) as (folder, organisation, name):
             return await asyncio.to_thread(_read_folder, folder, name, organisation)
+    return await asyncio.to_thread(_read_local, source)
+
+
+def _read_local(source: str) -> LayerFiles:
     folder = Path(source).expanduser()
-    return await asyncio.to_thread(_read_folder, folder, folder.resolve().name, "")
+    return _read_folder(folder, folder.resolve().name, "")
 
 
 def _read_folder(folder: Path, name: str, creator: str) -> LayerFiles:
@@ -111,7 +116,7 @@ async def _downloaded(source: str, scratch: Path, progress: Progress) -> AsyncIt
         raise InvalidInput(
             f"{source!r:.120} does not name a repository of the hub", hint="write hf:ORG/REPO or hf:ORG/REPO@REVISION"
         )
-    folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=".download-", dir=scratch))
+    folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=DOWNLOADING, dir=scratch))
     try:
         await asyncio.to_thread(_download, found["repo"], found["revision"], folder, progress)
         organisation, _, name = found["repo"].partition("/")
@@ -143,7 +148,9 @@ def _download(repo: str, revision: str | None, folder: Path, progress: Progress)
     except errors.RevisionNotFoundError as error:
         raise NotFound(f"{repo} has no revision {revision!r:.70}") from error
     except errors.RepositoryNotFoundError as error:
-        raise NotFound(f"the hub has no model {repo}, or you may not see it", hint="for a private one set HF_TOKEN") from error
+        raise NotFound(
+            f"the hub has no model {repo}, or you may not see it", hint="for a private one set HF_TOKEN"
+        ) from error
     except errors.HFValidationError as error:
         raise InvalidInput(f"{repo!r:.120} cannot be the name of a repository: {error}") from error
     except errors.OfflineModeIsEnabled as error:

@@ -4,6 +4,7 @@ from synapse.store.entity import Entity, Reference, Value, entity, now
 from synapse.store.errors import Contention, DatabaseTooNew, Duplicate, InUse
 from synapse.store.opening import connect, open_store
 from synapse.store.store import Store
+from synapse.store.validation import build
 
 __all__ = [
     "Contention",
@@ -14,6 +15,7 @@ __all__ = [
     "Reference",
     "Store",
     "Value",
+    "build",
     "connect",
     "entity",
     "now",
