@@ -93,9 +93,15 @@ class Engine:
     """
 
     def __init__(
-        self, transformer: ReferenceTransformer, tokenizer: Tokenizer, chat_template: ChatTemplate, limits: Limits
+        self,
+        transformer: ReferenceTransformer,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate,
+        limits: Limits,
+        name: str | None = None,
     ) -> None:
         self.config: ModelConfig = transformer.config
+        self._names = (name,) if name else ()
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.limits = limits
@@ -311,7 +317,7 @@ class Engine:
 
     def read_layer(self, path: Path | str) -> LoraLayer:
         """Read and check a layer without keeping it. May run in any thread."""
-        return lora_layer(read_adapter(Path(path), self.config))
+        return lora_layer(read_adapter(Path(path), self.config, names=self._names))
 
     def put_layer(self, path: Path, layer: LoraLayer) -> str:
         """Keep a layer that was read, and remember where it is, so that it can be evicted and read again."""
@@ -419,10 +425,13 @@ def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
-def open_engine_file(path: Path, backend: Backend = "auto", limits: Limits | None = None) -> Engine:
+def open_engine_file(
+    path: Path, backend: Backend = "auto", limits: Limits | None = None, name: str | None = None
+) -> Engine:
     """Open a GGUF file.
 
     Args:
+        name: what the model is called here; a layer may name it so, or as the file does.
         backend: `reference` is the NumPy engine; `native` needs kernels; `auto` takes the fastest there is.
 
     Raises:
@@ -438,4 +447,4 @@ def open_engine_file(path: Path, backend: Backend = "auto", limits: Limits | Non
     file = open_model_file(path)
     tokenizer = load_tokenizer(file)
     transformer = ReferenceTransformer(load_weights(file), min(file.config.context, limits.max_context))
-    return Engine(transformer, tokenizer, load_chat_template(file), limits)
+    return Engine(transformer, tokenizer, load_chat_template(file), limits, name)

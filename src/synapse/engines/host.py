@@ -41,7 +41,7 @@ def open_engine(model: str, backend: Backend = "auto", *, limits: Limits | None 
     """
     settings = load_settings()
     path = ModelLibrary(settings.folder("models")).resolve(model)
-    return open_engine_file(path, backend, limits or limits_from(settings))
+    return open_engine_file(path, backend, limits or limits_from(settings), path.parent.name)
 
 
 class EngineHost:
@@ -63,7 +63,9 @@ class EngineHost:
         async with self._opening:
             if path not in self._runners:
                 backend = cast(Backend, self._settings.backend)
-                engine = await asyncio.to_thread(open_engine_file, path, backend, limits_from(self._settings))
+                engine = await asyncio.to_thread(
+                    open_engine_file, path, backend, limits_from(self._settings), path.parent.name
+                )
                 self._runners[path] = EngineRunner(engine, max_active=self._settings.max_concurrent_requests)
             return self._runners[path]
 
