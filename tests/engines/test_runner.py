@@ -30,6 +30,7 @@ from synapse.engines import (
     open_engines,
 )
 from synapse.engines.engine import open_engine_file
+from synapse.engines.sampling import Sampler
 from synapse.errors import Conflict, InternalError, NotFound, Overloaded, Unavailable
 from synapse.models.library import open_library
 
@@ -136,9 +137,23 @@ async def test_a_failing_step_fails_what_was_active_and_nothing_after(
     assert runner.stats().kv_tokens_held == 0
 
 
+async def test_a_defect_in_choosing_ends_only_the_sequence_it_struck(
+    runner: EngineRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sane = asyncio.create_task(
+        text_of(runner, Request((5,), sampling=Sampling(temperature=0), max_tokens=60, ignore_eos=True))
+    )
+    await settled(lambda: runner.stats().running == 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(Sampler, "_draw", lambda *_: 1 // 0)
+        with pytest.raises(InternalError, match="choosing the next token failed"):
+            await text_of(runner, Request((6,), sampling=Sampling(seed=1), max_tokens=5))
+    assert (await sane)[1].completion_tokens == 60
+
+
 async def test_logits_that_are_not_finite_end_only_their_own_request(runner: EngineRunner, tmp_path: Path) -> None:
     folder = random_adapter(tmp_path / "layer", runner.engine.config, rank=4, seed=0)
-    layer = runner.engine.read_layer(folder)
+    layer = runner.engine.layers.read(folder)
     for _, B in layer.factors.values():
         B[:] = np.float32(3e38)
     await runner.call(lambda: runner.engine.put_layer(folder, layer))
@@ -164,12 +179,12 @@ async def test_layers_are_evicted_least_recently_used_first_and_read_again_when_
     folders = [random_adapter(tmp_path / str(n), engine.config, rank=4, seed=n) for n in range(3)]
     first, second, third = [await runner.load_layer(folder) for folder in folders]
     assert list(runner.stats().layers) == [second, third]
-    read = engine.counters.layers_read
+    read = engine.layers.reads
     assert await runner.load_layer(folders[0]) == first
-    assert engine.counters.layers_read == read, "an unchanged folder is not read again"
+    assert engine.layers.reads == read, "an unchanged folder is not read again"
     await text_of(runner, Request((5,), ((first, 1.0),), max_tokens=2))
     assert list(runner.stats().layers) == [third, first]
-    assert engine.counters.layers_evicted == 2
+    assert engine.layers.evictions == 2
 
 
 async def test_a_layer_in_use_is_neither_evicted_nor_unloaded(runner: EngineRunner, tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ def test_temperature_sharpens_and_flattens() -> None:
     assert hot[0] < 0.35 * 4000
 
 
+def test_the_smallest_temperature_there_is_takes_the_most_likely_token() -> None:
+    assert set(draws(Sampling(temperature=5e-324, seed=1), count=50)) == {0}
+
+
 def test_top_k_keeps_the_k_most_likely() -> None:
     assert set(draws(Sampling(top_k=2, seed=1))) == {0, 1}
     assert set(draws(Sampling(top_k=1, seed=1))) == {0}

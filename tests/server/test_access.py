@@ -25,7 +25,7 @@ def test_loopback_names_and_addresses_mean_this_machine(host: str) -> None:
     "host",
     [
         "",
-        "0.0.0.0",
+        "0.0.0.0",  # noqa: S104 (not bound to)
         "::",
         "10.0.0.1",
         "::ffff:10.0.0.1",
@@ -46,7 +46,9 @@ def test_without_keys_a_request_from_this_machine_is_let_in(host: str) -> None:
     check_local(request(host=host, origin="http://localhost:3000"))
 
 
-@pytest.mark.parametrize("host", ["", "evil.example", "evil.example:8377", "localhost@evil.example", "[::1", "192.168.0.7"])
+@pytest.mark.parametrize(
+    "host", ["", "evil.example", "evil.example:8377", "localhost@evil.example", "[::1", "192.168.0.7"]
+)
 def test_without_keys_another_host_name_is_refused(host: str) -> None:
     with pytest.raises(NotLocal, match="Host"):
         check_local(request(host=host))

@@ -107,7 +107,7 @@ def test_a_value_that_does_not_fit_is_named(change: dict, param: str) -> None:
     error = from_validation(caught.value.errors(), body)
     assert isinstance(error, errors.InvalidInput)
     assert error.details["param"].startswith(param)
-    assert param.split("[")[0].split(".")[0] in error.message
+    assert param.split("[", maxsplit=1)[0].split(".", maxsplit=1)[0] in error.message
 
 
 def test_an_image_is_refused_in_words() -> None:

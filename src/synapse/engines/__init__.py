@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from synapse.engines.engine import Backend, ContextOverflow, Counters, Engine, LayerNotLoaded, Limits
+from synapse.engines.engine import Backend, ContextOverflow, Counters, Engine, Limits
 from synapse.engines.grammar import BadGrammar
 from synapse.engines.host import EngineHost, limits_from, open_engine, open_engines
+from synapse.engines.layer_cache import LayerNotLoaded
 from synapse.engines.request import (
     Delta,
     Event,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,24 +11,27 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from synapse.engines.grammar import Constraint, Grammars
 from synapse.engines.kv_cache import BLOCK_TOKENS, BlockPool
-from synapse.engines.lora import LoraLayer, Stack, lora_layer
+from synapse.engines.layer_cache import LayerCache
+from synapse.engines.lora import LoraLayer, Stack
 from synapse.engines.request import Delta, Event, Finished, FinishReason, Grammar, Request, TokenLogprob
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
 from synapse.engines.scheduler import Scheduler
 from synapse.engines.sequence import Sequence
 from synapse.engines.transformer import Chunk, ReferenceTransformer
 from synapse.engines.weights import load_weights
-from synapse.errors import Conflict, Corrupt, InternalError, InvalidInput, NotFound, SynapseError, Unavailable
-from synapse.models.adapter import read_adapter
+from synapse.errors import InternalError, InvalidInput, SynapseError, Unavailable
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig
 from synapse.models.gguf_file import open_model_file
 from synapse.models.tokenizer import Tokenizer, load_tokenizer
+
+log = structlog.get_logger(__name__)
 
 Backend = Literal["reference", "native", "auto"]
 LOGITS_CHUNK = 256
@@ -42,12 +44,6 @@ class ContextOverflow(InvalidInput):
     """More tokens than the context holds."""
 
     code = "context_length_exceeded"
-
-
-class LayerNotLoaded(NotFound):
-    """A layer id that `load_layer` has not returned, or that was unloaded since."""
-
-    code = "layer_not_loaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +77,13 @@ class Counters:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     requests: int = 0
-    layers_read: int = 0
-    layers_evicted: int = 0
 
 
 class Engine:
     """One base model and everything that is being generated with it.
 
     Not thread safe: one thread calls `add`, `step` and `cancel` (`EngineRunner` is that thread for asyncio).
-    `compile_grammar`, `read_layer` and `logits` may run beside it.
+    `compile_grammar`, `layers.read`, `layers.known` and `logits` may run beside it.
     """
 
     def __init__(
@@ -101,7 +95,6 @@ class Engine:
         name: str | None = None,
     ) -> None:
         self.config: ModelConfig = transformer.config
-        self._names = (name,) if name else ()
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.limits = limits
@@ -114,9 +107,8 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Event] = []
         self._ids = itertools.count(1)
-        self._layer_paths: dict[str, Path] = {}
-        self._known_folders: dict[Path, tuple[tuple[tuple[str, int, int], ...], str]] = {}
-        self._layers: OrderedDict[str, LoraLayer] = OrderedDict()
+        names = (name,) if name else ()
+        self.layers = LayerCache(self.config, names, max_layers=limits.max_layers, max_bytes=limits.max_layer_bytes)
         self.counters = Counters()
 
     # Requests
@@ -201,7 +193,7 @@ class Engine:
             self.counters.prefill_tokens += 0 if decoding else count
             seq.advance(self._pool, count)
             if chunk.wanted:
-                events += self._continue(seq, logits[row])
+                events += self._continue_safely(seq, logits[row])
                 row += 1
         return events
 
@@ -212,19 +204,27 @@ class Engine:
         self._sequences.clear()
         self._ended.clear()
 
+    def _continue_safely(self, seq: Sequence, logits: NDArray[np.float32]) -> list[Event]:
+        """As `_continue`; what fails there ends this sequence and none of those that share the step."""
+        try:
+            return self._continue(seq, logits)
+        except SynapseError as error:
+            return [self._end(seq, "error", error)]
+        except Exception as error:  # a defect, which its caller and the log are told of
+            log.exception("choosing a token failed", request=seq.id)
+            failure = InternalError(f"choosing the next token failed: {error}", hint="the details are in the log")
+            failure.__cause__ = error
+            return [self._end(seq, "error", failure)]
+
     def _continue(self, seq: Sequence, logits: NDArray[np.float32]) -> list[Event]:
         """Choose the next token of a sequence and say what that adds to its answer."""
         request = seq.request
         if not np.isfinite(logits).all():
-            error = InternalError("the model produced a number that is not finite", hint="try without its layers")
-            return [self._end(seq, "error", error)]
+            raise InternalError("the model produced a number that is not finite", hint="try without its layers")
         remaining = seq.limit - len(seq.tokens) - 1
-        try:
-            token = seq.sampler.choose(logits, seq.constraint.allowed() if seq.constraint else None)
-            if seq.constraint:
-                token = seq.constraint.accept(token, remaining)
-        except SynapseError as error:
-            return [self._end(seq, "error", error)]
+        token = seq.sampler.choose(logits, seq.constraint.allowed() if seq.constraint else None)
+        if seq.constraint:
+            token = seq.constraint.accept(token, remaining)
         seq.sampler.note(token)
         seq.tokens.append(token)
 
@@ -308,22 +308,11 @@ class Engine:
             LayerRefused, LayerCorrupt: the folder does not hold an adapter that fits this model.
         """
         path = Path(path)
-        return self.known_layer(path) or self.put_layer(path, self.read_layer(path))
-
-    def known_layer(self, path: Path) -> str | None:
-        """The id of the layer in this folder, if it has been loaded and has not changed since. Any thread may ask."""
-        known = self._known_folders.get(path)
-        return known[1] if known and known[0] == _signature(path) and known[1] in self._layer_paths else None
-
-    def read_layer(self, path: Path | str) -> LoraLayer:
-        """Read and check a layer without keeping it. May run in any thread."""
-        return lora_layer(read_adapter(Path(path), self.config, names=self._names))
+        return self.layers.known(path) or self.put_layer(path, self.layers.read(path))
 
     def put_layer(self, path: Path, layer: LoraLayer) -> str:
-        """Keep a layer that was read, and remember where it is, so that it can be evicted and read again."""
-        self._layer_paths[layer.id] = path
-        self._known_folders[path] = (_signature(path), layer.id)
-        self._keep(layer)
+        """Keep a layer that was read (with `layers.read`, in any thread)."""
+        self.layers.put(path, layer, in_use=self._layers_in_use())
         return layer.id
 
     def unload_layer(self, layer_id: str) -> None:
@@ -333,17 +322,7 @@ class Engine:
             LayerNotLoaded: there is no such layer.
             Conflict: a sequence that has not ended uses it.
         """
-        if layer_id not in self._layer_paths:
-            raise LayerNotLoaded(f"there is no layer {layer_id}")
-        if layer_id in self._layers_in_use():
-            raise Conflict(f"the layer {layer_id} is in use", hint="wait for its requests, or cancel them")
-        del self._layer_paths[layer_id]
-        self._layers.pop(layer_id, None)
-
-    @property
-    def layers(self) -> dict[str, int]:
-        """The layers in memory and their bytes, least recently used first."""
-        return {layer.id: layer.bytes for layer in self._layers.values()}
+        self.layers.forget(layer_id, in_use=self._layers_in_use())
 
     def _stack(self, layers: SequenceOf[tuple[str, float]]) -> Stack:
         if len({layer_id for layer_id, _ in layers}) < len(layers):
@@ -351,35 +330,8 @@ class Engine:
         for layer_id, weight in layers:
             if not np.isfinite(weight):
                 raise InvalidInput(f"the weight of layer {layer_id} is {weight}, not a finite number")
-        return tuple((self._layer(layer_id), float(weight)) for layer_id, weight in layers)
-
-    def _layer(self, layer_id: str) -> LoraLayer:
-        layer = self._layers.get(layer_id)
-        if layer is not None:
-            self._layers.move_to_end(layer_id)
-            return layer
-        path = self._layer_paths.get(layer_id)
-        if path is None:
-            raise LayerNotLoaded(f"there is no layer {layer_id}", hint="load it first; load_layer gives the id")
-        layer = self.read_layer(path)
-        if layer.id != layer_id:
-            raise Corrupt(f"the files in {path} have changed since the layer was loaded", hint="add the layer again")
-        self._keep(layer)
-        return layer
-
-    def _keep(self, layer: LoraLayer) -> None:
-        if layer.id not in self._layers:
-            self.counters.layers_read += 1
-        self._layers[layer.id] = layer
-        self._layers.move_to_end(layer.id)
-        in_use = self._layers_in_use() | {layer.id}
-        for candidate in list(self._layers):
-            within_bytes = sum(kept.bytes for kept in self._layers.values()) <= self.limits.max_layer_bytes
-            if len(self._layers) <= self.limits.max_layers and within_bytes:
-                break
-            if candidate not in in_use:
-                del self._layers[candidate]
-                self.counters.layers_evicted += 1
+        in_use = self._layers_in_use() | {layer_id for layer_id, _ in layers}
+        return tuple((self.layers.get(layer_id, in_use=in_use), float(weight)) for layer_id, weight in layers)
 
     def _layers_in_use(self) -> set[str]:
         return {layer.id for seq in self._scheduler for layer, _ in seq.stack}
@@ -415,14 +367,6 @@ class Engine:
                 [Chunk(part, start, table, stack, len(part))], cache
             )
         return logits
-
-
-def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and modification time of the files in a folder: what tells that it has changed."""
-    if not folder.is_dir():
-        return ()
-    stats = [(file.name, file.stat()) for file in folder.iterdir()]
-    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
 def open_engine_file(

@@ -106,10 +106,10 @@ class EngineRunner:
 
     async def load_layer(self, path: Path) -> str:
         """As `Engine.load_layer`, reading outside the engine's thread."""
-        known = self.engine.known_layer(path)
+        known = self.engine.layers.known(path)
         if known is not None:
             return known
-        layer = await asyncio.to_thread(self.engine.read_layer, path)
+        layer = await asyncio.to_thread(self.engine.layers.read, path)
         return await self.call(lambda: self.engine.put_layer(path, layer))
 
     async def call(self, job: Callable[[], T]) -> T:
@@ -138,7 +138,7 @@ class EngineRunner:
             running=engine.running,
             waiting=engine.waiting,
             kv_tokens_held=engine.kv_tokens_held,
-            layers=engine.layers,
+            layers=engine.layers.sizes(),
             counters=engine.counters,
         )
 

@@ -104,8 +104,9 @@ class Sampler:
         tokens = np.flatnonzero(logits > -np.inf)
         if 0 < s.top_k < len(tokens):
             tokens = np.sort(tokens[np.argpartition(-logits[tokens], s.top_k - 1)[: s.top_k]])
-        scaled = logits[tokens].astype(np.float64) / s.temperature
-        p = np.exp(scaled - scaled.max())
+        kept_logits = logits[tokens].astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to minus infinity, rightly
+            p = np.exp((kept_logits - kept_logits.max()) / s.temperature)
         p /= p.sum()
         if s.top_p < 1:
             order = np.argsort(-p, kind="stable")

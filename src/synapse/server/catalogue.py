@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ async def find_served(context: Context, name: str) -> Served:
 
 async def _pulled(context: Context) -> list[str]:
     library = await context.get(open_library)
-    return [each.name for each in library.list()]
+    return [each.name for each in await asyncio.to_thread(library.list)]
 
 
 def _base(name: str) -> Served:
