@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -66,6 +70,19 @@ def test_what_is_written_through_a_block_table_is_read_through_it(table: list[in
     read_keys, read_values = cache.read(1, used, length)
     assert np.array_equal(read_keys, keys.transpose(1, 0, 2))
     assert np.array_equal(read_values, values.transpose(1, 0, 2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_a_pool_costs_memory_only_as_far_as_it_is_filled() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    cache = KVCache(layers=30, kv_heads=3, head_dim=64, blocks=256)
+    token = np.ones((1, 3, 64), np.float32)
+    for layer in range(30):
+        cache.write(layer, np.array([5]), token, token)
+    assert resident() - before < 20e6, "the whole pool is 377 MB"
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -9,6 +9,8 @@ PagedAttention (Kwon et al., 2023, arXiv:2309.06180).
 from __future__ import annotations
 
 import hashlib
+import math
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -106,14 +108,13 @@ class BlockPool:
 class KVCache:
     """Keys and values of every transformer block, float32, addressed by block number.
 
-    The arrays are [layers, kv_heads, blocks, BLOCK_TOKENS, head_dim] and their pages are touched on first use, so
-    a pool costs memory only as far as it has been filled.
+    The arrays are [layers, kv_heads, blocks, BLOCK_TOKENS, head_dim], and cost memory only as far as they are filled.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, blocks: int) -> None:
         shape = (layers, kv_heads, blocks, BLOCK_TOKENS, head_dim)
-        self._keys = np.zeros(shape, np.float32)
-        self._values = np.zeros(shape, np.float32)
+        self._keys = _untouched_zeros(shape)
+        self._values = _untouched_zeros(shape)
         self._rows = (kv_heads, blocks * BLOCK_TOKENS, head_dim)
 
     def write(
@@ -135,3 +136,15 @@ class KVCache:
         keys = self._keys[layer][:, index].reshape(shape)
         values = self._values[layer][:, index].reshape(shape)
         return keys[:, :length], values[:, :length]
+
+
+def _untouched_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Zeros whose memory is taken page by page when it is first written.
+
+    In huge pages, which `np.zeros` gets where the system gives them, the first token of a sequence would touch all of
+    a pool: each head of each layer lies in another one.
+    """
+    mapping = mmap.mmap(-1, max(1, math.prod(shape)) * np.dtype(np.float32).itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(mapping, np.float32, math.prod(shape)).reshape(shape)
