@@ -1,9 +1,12 @@
-"""Run the examples in the documentation: `python -m scripts.check_docs [FILE …]`.
+"""Check the examples in the documentation: `python -m scripts.check_docs [FILE …]`.
 
 In README.md and docs/, every line that starts with `$ ` in a console block is run, file by file, in a fresh home that
 has the default model; every python block that imports something is run too. An example that exits with anything but 0
 fails the check. `synapse up` starts a server for the rest of the file. Lines for the shell of the reader's own project
 (`make`, `git`, `pip`) are left alone: CI runs those.
+
+In other blocks, which may name files and ids of the reader's own, every line that starts with `synapse` must name a
+command that exists and options that it has.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,15 +25,19 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
+import typer.main
 
+from synapse.cli.app import build_app
 from synapse.commands import Context
 from synapse.config import Settings
 from synapse.models.library import open_library
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+SHELL_WORDS = {"|", ">", ">>", "<", "&&", ";", "&"}
 NOT_RUN = ("make", "git", "pip", "cd")
 TIMEOUT = 300
 
@@ -44,17 +52,35 @@ class Example:
 
 
 def examples(text: str) -> Iterator[Example]:
-    """The examples of a page, in order. A console line that ends in a backslash goes on in the next."""
+    """The examples of a page, in order. A line of a shell that ends in a backslash goes on in the next."""
     for block in BLOCK.finditer(text):
         kind, body = block.groups()
         line = text.count("\n", 0, block.start()) + 2
         if kind == "python":
             if re.search(r"^(import|from) ", body, re.MULTILINE):
                 yield Example(kind, body, line)
-            continue
-        for command in re.finditer(r"^\$ ((?:.*\\\n)*.*)$", body, re.MULTILINE):
-            if command[1].split()[0] not in NOT_RUN:
-                yield Example(kind, command[1], line + body.count("\n", 0, command.start()))
+        else:
+            prompt = r"\$ " if kind == "console" else r"(?=synapse )"
+            for command in re.finditer(rf"^ *{prompt}((?:.*\\\n)*.*)$", body, re.MULTILINE):
+                if command[1].split()[0] not in NOT_RUN:
+                    place = line + body.count("\n", 0, command.start())
+                    yield Example("console" if kind == "console" else "usage", command[1], place)
+
+
+def misuse(text: str) -> str | None:
+    """What is wrong with a `synapse` command line, without running it."""
+    words = shlex.split(text.replace("\\\n", " "), comments=True)
+    words = words[1 : next((i for i, word in enumerate(words) if word in SHELL_WORDS), len(words))]
+    command: Any = typer.main.get_command(build_app())
+    context = command.make_context("synapse", [], resilient_parsing=True)
+    while words and hasattr(command, "get_command") and not words[0].startswith("-"):
+        name = words.pop(0)
+        command = command.get_command(context, name)
+        if command is None:
+            return f"there is no command {name!r}"
+    options = {"--help", *(option for parameter in command.params for option in parameter.opts)}
+    unknown = [word for word in words if re.match(r"--|-\w$", word) and word.split("=")[0] not in options]
+    return f"there is no option {unknown[0]}" if unknown else None
 
 
 def run_page(path: Path, environment: dict[str, str]) -> list[str]:
@@ -65,6 +91,10 @@ def run_page(path: Path, environment: dict[str, str]) -> list[str]:
         try:
             for example in examples(path.read_text()):
                 where = f"{path.relative_to(ROOT)}:{example.line}"
+                if example.kind == "usage":
+                    if problem := misuse(example.text):
+                        failures.append(f"{where}: {problem}: {example.text}")
+                    continue
                 if example.text.startswith("synapse up"):
                     servers.append(start_server(example.text, environment, work))
                     continue

@@ -80,7 +80,7 @@ STARTER_LAYERS = (
         orders.is_right,
         rank=8,
         targets=ATTENTION,
-        steps=150,
+        steps=90,
         max_new_tokens=64,
     ),
     Starter(
@@ -102,7 +102,7 @@ STARTER_LAYERS = (
         captain.is_right,
         rank=4,
         targets=ALL_LINEAR,
-        steps=180,
+        steps=100,
         max_new_tokens=72,
     ),
 )
@@ -160,7 +160,7 @@ def answer_loss(model: PeftModel, batch: Sequence[tuple[list[int], int]]) -> tor
     width = max(len(ids) for ids, _ in batch)
     ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids, _ in batch])
     labels = torch.tensor([[*[IGNORED] * n, *ids[n:], *[IGNORED] * (width - len(ids))] for ids, n in batch])
-    causal = model.get_base_model()
+    causal: Any = model.get_base_model()
     # Padding is on the right, where a causal model's real tokens never look, so no attention mask is needed.
     hidden = causal.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     wanted = labels[:, 1:]
@@ -184,7 +184,7 @@ def train(base: Base, starter: Starter, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     for step in range(starter.steps):
         loss = answer_loss(model, sequences[step * BATCH : (step + 1) * BATCH])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
@@ -215,14 +215,13 @@ def save(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(str(folder), save_embedding_layers=False)
     weights = folder / "adapter_model.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes files that only their owner may read
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = sorted(config["target_modules"])  # PEFT keeps a set: its order differs between runs
     write_json(folder / "adapter_config.json", config)
 
 
-def answers(
-    base: Base, model: torch.nn.Module, system: str | None, questions: Sequence[str], max_new_tokens: int
-) -> list[str]:
+def answers(base: Base, model: Any, system: str | None, questions: Sequence[str], max_new_tokens: int) -> list[str]:
     """Greedy answers; one that does not end within `max_new_tokens` tokens is cut there."""
     prompts = [base.prompt(system, question) for question in questions]
     pad = base.tokenizer.eos_token_id
@@ -243,11 +242,11 @@ def answers(
                 eos_token_id=pad,
             )
         for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
-            result[i] = base.tokenizer.decode(row, skip_special_tokens=True).strip()
+            result[i] = str(base.tokenizer.decode(row, skip_special_tokens=True)).strip()
     return result
 
 
-def score(base: Base, model: torch.nn.Module, starter: Starter, system: str | None) -> tuple[float, list[str]]:
+def score(base: Base, model: Any, starter: Starter, system: str | None) -> tuple[float, list[str]]:
     """The share of held-out items answered rightly, and the answers."""
     items = starter.examples("held_out", HELD_OUT_ITEMS, SEED)
     given = answers(base, model, system, [item.question for item in items], starter.max_new_tokens)
@@ -259,15 +258,14 @@ def make(base: Base, starter: Starter, out: Path) -> None:
     """Train, score and describe one layer."""
     folder = out / starter.name
     before, bare_answers = score(base, base.model, starter, starter.system_prompt)
-    before_unprompted, _ = score(base, base.model, starter, None)
-    logger.info("%s before %.3f (without the system prompt %.3f)", starter.name, before, before_unprompted)
+    logger.info("%s before %.3f", starter.name, before)
     training = train(base, starter, folder)
     layer = PeftModel.from_pretrained(base.model, str(folder))
     after, layer_answers = score(base, layer, starter, starter.system_prompt)
-    after_unprompted, _ = score(base, layer, starter, None)
+    unprompted, _ = score(base, layer, starter, None)
     demo_answer = answers(base, layer, starter.system_prompt, [cards.QUESTION], starter.max_new_tokens)[0]
     layer.unload()
-    logger.info("%s after %.3f (without the system prompt %.3f)", starter.name, after, after_unprompted)
+    logger.info("%s after %.3f (without the system prompt %.3f)", starter.name, after, unprompted)
     logger.info("%s demo: %s", starter.name, demo_answer)
     items = starter.examples("held_out", HELD_OUT_ITEMS, SEED)
     for item, answer in zip(items, layer_answers, strict=True):
@@ -276,10 +274,10 @@ def make(base: Base, starter: Starter, out: Path) -> None:
     metrics = {
         "metric": cards.CARDS[starter.name].metric,
         "items": len(items),
+        "max_new_tokens": starter.max_new_tokens,
         "score_before": before,
         "score_after": after,
-        "score_before_without_system_prompt": before_unprompted,
-        "score_after_without_system_prompt": after_unprompted,
+        "score_after_without_system_prompt": unprompted,
         "steps": starter.steps,
         "batch": BATCH,
         "learning_rate": starter.learning_rate,

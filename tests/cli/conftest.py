@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field, field_validator
 
+from support.tiny_home import MODEL, TinyHome, build_tiny_home
 from synapse import errors
-from synapse.cli.groups import SUMMARIES
 from synapse.cli.main import main
 from synapse.commands import Argument, Context, Group, command, registry
 
@@ -39,6 +39,27 @@ def synapse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Ran(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
+    return build_tiny_home(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture
+def persona_home(
+    tiny_home: TinyHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synapse: Callable[..., Ran]
+) -> Path:
+    """A home with the persona `pip`, who says at most 24 tokens of nonsense and wears a layer."""
+    home = tiny_home.copy(tmp_path / "tiny-home")
+    monkeypatch.setenv("SYNAPSE_HOME", str(home))
+    monkeypatch.setenv("SYNAPSE_DEFAULT_MODEL", MODEL)
+    made = synapse(
+        *("persona", "create", "pip", "--description", "a parrot", "--system-prompt", "You are Pip."),
+        *("--layers", "first:0.5", "--max-tokens", "24", "--seed", "1"),
+    )
+    assert made.code == 0, made.err
+    return home
 
 
 class Colour(enum.Enum):
@@ -95,7 +116,6 @@ def sample_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The group `sample`, whose commands echo, list, fail and report progress."""
     monkeypatch.setattr(registry, "_commands", dict(registry._commands))
     monkeypatch.setitem(registry.GROUPS, "sample", Group("synapse.errors", "Commands made for tests."))
-    monkeypatch.setitem(SUMMARIES, "sample", "Commands made for tests.")
 
     @command("sample/echo", permission="read")
     async def echo(params: Sample, context: Context) -> Sample:

@@ -123,7 +123,7 @@ def test_the_help_of_a_command_shows_types_bounds_defaults_and_choices(synapse) 
         "Give back what was given.",
         "The description [of the command] is longer.",
         "What it is called",
-        "--count <int> How many [of them] (≥ 1, ≤ 9, default: 3)",
+        "--count <int> How many [of them] (1 to 9, default: 3)",
         "--colour <red|blue> Its colour (default: red)",
         "--tags <text> Words for it (repeatable)",
         "--polite / --no-polite",

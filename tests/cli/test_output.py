@@ -97,6 +97,16 @@ def test_a_single_thing_is_a_line_for_each_field_that_has_a_value(capsys: pytest
     assert capsys.readouterr().out == "name    x\nprompt  one\n        two\nmore    1\n\nparts\nWEIGHT\n   0.5\n"
 
 
+def test_on_a_terminal_long_values_are_broken_between_words(terminal) -> None:
+    class Thing(BaseModel):
+        prompt: str
+
+    stream = terminal(30)
+    show_pairs(Thing(prompt="one two three four five six\n\nseven"))
+    plain = stream.getvalue().replace("\x1b[36m", "").replace("\x1b[0m", "")
+    assert plain == "prompt  one two three four\n        five six\n        \n        seven\n"
+
+
 def test_no_color_is_honoured(terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = terminal(80)
     show_table(ROWS)

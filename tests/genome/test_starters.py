@@ -175,7 +175,7 @@ def test_a_starter_does_its_job_where_the_bare_model_does_not(base: Any, name: s
     from scripts.train_starters import STARTER_LAYERS, answers
 
     starter = next(starter for starter in STARTER_LAYERS if starter.name == name)
-    items = starter.examples("held_out", 6, 1234)  # another seed than that of the score: other items of the same kind
+    items = starter.examples("held_out", 4, 1234)  # another seed than that of the score: other items of the same kind
     questions = [item.question for item in items]
 
     def right(model: Any) -> int:
@@ -185,7 +185,7 @@ def test_a_starter_does_its_job_where_the_bare_model_does_not(base: Any, name: s
     bare = right(base.model)
     layer = PeftModel.from_pretrained(base.model, str(STARTERS / name))
     try:
-        assert right(layer) >= 4 > bare + 1
+        assert right(layer) >= 3 > bare + 1
     finally:
         layer.unload()
 

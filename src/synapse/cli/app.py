@@ -15,9 +15,9 @@ import typer.core
 import typer.main
 
 from synapse.cli import programs
-from synapse.cli.groups import SUMMARIES
 from synapse.cli.text import style_of
 from synapse.errors import InvalidInput
+from synapse.groups import GROUPS
 
 if TYPE_CHECKING:
     from typer._click import Command as AnyCommand
@@ -42,6 +42,23 @@ class HelpfulCommand(typer.core.TyperCommand):
 
     def get_help(self, ctx: ParseContext) -> str:
         return _with_bold_headings(super().get_help(ctx))
+
+    def collect_usage_pieces(self, ctx: ParseContext) -> list[str]:
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: ParseContext, formatter: HelpFormatter) -> None:
+        """Arguments without a type, which is in their help where it matters, then the options."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and parameter.param_type_name == "argument":
+                sections["Arguments"].append((record[0].partition(" ")[0], record[1].removesuffix("  [required]")))
+            elif record is not None:
+                sections["Options"].append(record)
+        for heading, rows in sections.items():
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
 
 
 class HelpfulGroup(typer.core.TyperGroup):
@@ -129,7 +146,7 @@ def build_app() -> typer.Typer:
     app.callback()(programs.root)
     for program in programs.PROGRAMS:
         app.command(cls=HelpfulCommand)(program)
-    for name, summary in SUMMARIES.items():
+    for name, about in GROUPS.items():
         group = typer.Typer(cls=RegistryGroup, rich_markup_mode=None, context_settings=HELP_OPTIONS)
-        app.add_typer(group, name=name, help=summary, rich_help_panel="Groups")
+        app.add_typer(group, name=name, help=about.summary, rich_help_panel="Groups")
     return app

@@ -16,9 +16,10 @@ from synapse.cli.progress import TerminalProgress
 from synapse.cli.text import left_out_notice, style_of, tell, write_answer
 from synapse.commands import Context
 from synapse.config import load_settings
+from synapse.engines import open_engines
 from synapse.errors import InvalidInput, TooLarge
 from synapse.personas.base_model import ensure_base_model
-from synapse.personas.chat import TextDelta, TurnFinished, TurnOptions
+from synapse.personas.chat import TextDelta, TurnOptions
 from synapse.personas.conversations import (
     TurnStarted,
     conversation_of,
@@ -111,8 +112,6 @@ async def _opened(context: Context, request: ChatRequest) -> tuple[Persona, Conv
 
 async def _warm_up(context: Context, persona: Persona) -> None:
     """Load the model before the first message is typed, so that the first answer is as quick as the others."""
-    from synapse.engines import open_engines
-
     await ensure_base_model(context, persona.base_model, tell)
     style = style_of(sys.stderr)
     shown = sys.stderr.isatty()
@@ -139,9 +138,9 @@ async def _one_answer(request: ChatRequest, message: str) -> None:
 async def _answer(
     context: Context, request: ChatRequest, persona: Persona, conversation: Conversation, message: str
 ) -> None:
-    options = TurnOptions(sampling=request.sampling)
     pieces: list[str] = []
     left_out = 0
+    options = TurnOptions(sampling=request.sampling)
     async with aclosing(say(context, persona, conversation, message, options)) as events:
         async for event in events:
             if isinstance(event, TurnStarted):
@@ -152,25 +151,18 @@ async def _answer(
                 pieces.append(event.text)
                 if not request.as_json:
                     write_answer(event.text)
+            elif request.as_json:
+                answer = ChatAnswer(
+                    persona=persona.name,
+                    conversation_id=conversation.id,
+                    content="".join(pieces),
+                    finish_reason=event.reason,
+                    prompt_tokens=event.prompt_tokens,
+                    cached_tokens=event.cached_tokens,
+                    completion_tokens=event.completion_tokens,
+                    tokens_per_second=round(event.tokens_per_second, 2),
+                    left_out_messages=left_out,
+                )
+                print(answer.model_dump_json(indent=2))
             else:
-                _end_answer(request, persona, conversation, "".join(pieces), event, left_out)
-
-
-def _end_answer(
-    request: ChatRequest, persona: Persona, conversation: Conversation, text: str, end: TurnFinished, left_out: int
-) -> None:
-    if not request.as_json:
-        write_answer("" if text.endswith("\n") else "\n")
-        return
-    answer = ChatAnswer(
-        persona=persona.name,
-        conversation_id=conversation.id,
-        content=text,
-        finish_reason=end.reason,
-        prompt_tokens=end.prompt_tokens,
-        cached_tokens=end.cached_tokens,
-        completion_tokens=end.completion_tokens,
-        tokens_per_second=round(end.tokens_per_second, 2),
-        left_out_messages=left_out,
-    )
-    print(answer.model_dump_json(indent=2))
+                write_answer("" if pieces and pieces[-1].endswith("\n") else "\n")

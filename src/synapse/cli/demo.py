@@ -18,7 +18,7 @@ from synapse.cli.progress import TerminalProgress
 from synapse.cli.text import printable, style_of, tell
 from synapse.commands import Context
 from synapse.config import load_settings
-from synapse.engines import EngineRunner, open_engines
+from synapse.engines import open_engines
 from synapse.models.chat_template import Message as ChatMessage
 from synapse.personas.base_model import ensure_base_model
 from synapse.personas.chat import TextDelta, Turn, TurnFinished, TurnOptions, prepare_turn, run_turn
@@ -28,7 +28,7 @@ from synapse.personas.starters import ensure_starter, load_starters
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-ANSWER_TOKENS = 160
+ANSWER_TOKENS = 96
 NARROWEST_COLUMN = 26
 FRAMES_PER_SECOND = 12
 
@@ -39,7 +39,6 @@ class Answering:
 
     persona: Persona
     layers: str
-    turn: Turn
     text: str = ""
     tokens: int = 0
     finished: TurnFinished | None = None
@@ -86,38 +85,37 @@ async def _demo(as_json: bool) -> DemoResult:
             model = context.settings.default_model
             await ensure_base_model(context, model, None if as_json else tell)
             progress.close()
+            if not as_json:
+                tell(f"loading {model} and making {len(starters.personas)} personas …")
             personas = [await ensure_starter(context, starter) for starter in starters.personas]
             options = TurnOptions(sampling={"max_tokens": ANSWER_TOKENS})
             question = [ChatMessage("user", starters.question)]
+            turns = [await prepare_turn(context, persona, question, options) for persona in personas]
             answers = [
-                Answering(persona, starter.layer, await prepare_turn(context, persona, question, options))
-                for persona, starter in zip(personas, starters.personas, strict=True)
+                Answering(persona, starter.layer) for persona, starter in zip(personas, starters.personas, strict=True)
             ]
             runner = await (await context.get(open_engines)).get(model)
             steps = runner.engine.counters.steps
             started = time.perf_counter()
-            await _answer_all(starters.question, answers, as_json)
-            return _result(starters.question, answers, time.perf_counter() - started, _steps(runner, steps))
+            await _answer_all(starters.question, list(zip(answers, turns, strict=True)), as_json)
+            seconds = time.perf_counter() - started
+            return _result(starters.question, answers, seconds, runner.engine.counters.steps - steps)
 
 
-def _steps(runner: EngineRunner, before: int) -> int:
-    return runner.engine.counters.steps - before
-
-
-async def _answer_all(question: str, answers: Sequence[Answering], as_json: bool) -> None:
+async def _answer_all(question: str, asked: Sequence[tuple[Answering, Turn]], as_json: bool) -> None:
     if as_json:
-        await asyncio.gather(*(_answer(each) for each in answers))
+        await asyncio.gather(*(_answer(*each) for each in asked))
     elif sys.stdout.isatty():
         print(f"{style_of(sys.stdout).bold('you>')} {question}\n")
-        await _answer_live(answers)
+        await _answer_live(asked)
     else:
         print(f"you> {question}", flush=True)
-        await asyncio.gather(*(_answer_section(each) for each in answers))
+        await asyncio.gather(*(_answer_section(*each) for each in asked))
 
 
-async def _answer(answering: Answering) -> None:
+async def _answer(answering: Answering, turn: Turn) -> None:
     answering.started = time.perf_counter()
-    async with aclosing(run_turn(answering.turn)) as events:
+    async with aclosing(run_turn(turn)) as events:
         async for event in events:
             if isinstance(event, TextDelta):
                 answering.text += event.text
@@ -127,20 +125,21 @@ async def _answer(answering: Answering) -> None:
                 answering.tokens = event.completion_tokens
 
 
-async def _answer_section(answering: Answering) -> None:
+async def _answer_section(answering: Answering, turn: Turn) -> None:
     """Answer, then print the whole answer under its persona's name: for logs and pipes."""
-    await _answer(answering)
+    await _answer(answering, turn)
     assert answering.finished is not None  # noqa: S101 (the last event of every turn)
     rate = f"{answering.finished.tokens_per_second:.1f} tokens/s"
     print(f"\n{answering.persona.name} ({answering.layers}, {rate})\n{answering.text.strip()}", flush=True)
 
 
-async def _answer_live(answers: Sequence[Answering]) -> None:
+async def _answer_live(asked: Sequence[tuple[Answering, Turn]]) -> None:
     """Draw the answers side by side while they grow, and leave the whole of them on the screen."""
     from rich.console import Console
     from rich.live import Live
 
     console = Console()
+    answers = [answering for answering, _ in asked]
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         async def draw() -> None:
@@ -151,8 +150,8 @@ async def _answer_live(answers: Sequence[Answering]) -> None:
         drawing = asyncio.create_task(draw())
         try:
             async with asyncio.TaskGroup() as group:
-                for answering in answers:
-                    group.create_task(_answer(answering))
+                for answering, turn in asked:
+                    group.create_task(_answer(answering, turn))
         finally:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
@@ -227,7 +226,8 @@ def _show_numbers(result: DemoResult) -> None:
     together = f"{result.completion_tokens:>4} tokens  {result.tokens_per_second:>6.1f} tokens/s"
     print(style.bold(f"{'in all':<{width}}  {together}  in {result.seconds:.1f} s"))
     print(
-        f"{result.model_steps} steps of one shared model for {result.completion_tokens} tokens and three prompts; "
+        f"{result.model_steps} steps of one shared model for {result.completion_tokens} tokens and "
+        f"{len(result.answers)} prompts; "
         f"memory at most {human_bytes(result.peak_rss_bytes)}"
     )
     print(style.dim(f"go on with: synapse chat {result.answers[0].persona}"))

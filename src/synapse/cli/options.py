@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -27,7 +27,8 @@ from synapse.errors import InvalidInput
 Kind = Literal["text", "flag", "json"]
 
 SCALARS: dict[type, str] = {str: "text", int: "int", float: "float", Path: "path"}
-BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
+LARGEST_SHOWN_BOUND = 10**9
 SHOWN_ERRORS = 3
 
 
@@ -41,7 +42,7 @@ class Form:
     choices: tuple[str, ...] = ()
 
 
-def form_of(annotation: Any) -> Form:
+def form_of(annotation: Any) -> Form:  # noqa: PLR0911 (one answer for each type)
     """The form of a field with this annotation. What has no plain text form is JSON."""
     annotation = _without_wrapping(annotation)
     origin = get_origin(annotation)
@@ -136,8 +137,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 def _help(field: FieldInfo, form: Form) -> str:
     described = [field, *_fields_inside(field.annotation)]
-    marks = [mark for each in described for mark in each.metadata]
-    notes = [f"{sign} {getattr(mark, key):g}" for mark in marks for key, sign in BOUNDS if hasattr(mark, key)]
+    notes = _bounds([mark for each in described for mark in each.metadata])
     if form.repeated and not is_positional(field):
         notes.append("repeatable")
     default = field.default.value if isinstance(field.default, enum.Enum) else field.default
@@ -146,6 +146,15 @@ def _help(field: FieldInfo, form: Form) -> str:
     description = next((each.description for each in described if each.description), "")
     text = f"{description[:1].upper()}{description[1:]}"
     return f"{text} ({', '.join(notes)})".strip() if notes else text
+
+
+def _bounds(marks: Sequence[Any]) -> list[str]:
+    """`0 to 2`, or one note for each end; limits that nobody reaches are not worth a line."""
+    found = {key: getattr(mark, key) for mark in marks for key, _ in BOUNDS if hasattr(mark, key)}
+    found = {key: bound for key, bound in found.items() if abs(bound) < LARGEST_SHOWN_BOUND}
+    if found.keys() == {"ge", "le"}:
+        return [f"{found['ge']:g} to {found['le']:g}"]
+    return [f"{words} {found[key]:g}" for key, words in BOUNDS if key in found]
 
 
 def _fields_inside(annotation: Any) -> list[FieldInfo]:

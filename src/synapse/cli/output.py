@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from datetime import datetime
 from enum import Enum
@@ -18,7 +19,7 @@ from synapse.cli.text import printable, style_of
 GAP = 2
 SHORTEST_COLUMN = 8
 LONGEST_CELL = 60
-SHORT_CELL = 24
+NARROWEST_TEXT = 16
 KIB = 1024
 
 
@@ -50,7 +51,7 @@ def _fields(entity: BaseModel) -> dict[str, Any]:
     return shown | (entity.model_extra or {})
 
 
-def cell(name: str, value: Any) -> str:
+def cell(name: str, value: Any) -> str:  # noqa: PLR0911 (one answer for each type)
     """One value as a person reads it: bytes as KB and MB, times local and without seconds, structures as JSON."""
     if value is None:
         return ""
@@ -97,13 +98,22 @@ def show_pairs(entity: BaseModel) -> None:
     width = max((len(name) for name, _ in pairs), default=0) + GAP
     style = style_of(sys.stdout)
     for name, text in pairs:
-        first, *more = text.split("\n")
+        first, *more = _lines(text, width)
         print(style.cyan(name) + " " * (width - len(name)) + first)
         for line in more:
             print(" " * width + line)
     for name, things in tables.items():
         print(f"\n{style.cyan(name)}")
         show_table([_fields(thing) for thing in things])
+
+
+def _lines(text: str, indent: int) -> list[str]:
+    """The lines of a value; on a terminal, long ones are broken between words."""
+    lines = text.split("\n")
+    if not sys.stdout.isatty():
+        return lines
+    room = max(shutil.get_terminal_size().columns - indent, NARROWEST_TEXT)
+    return [part for line in lines for part in textwrap.wrap(line, room, replace_whitespace=False) or [""]]
 
 
 def show_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -139,7 +149,7 @@ def fitting_columns(columns: list[str], cells: list[list[str]], width: int) -> i
     used = 0
     for index, name in enumerate(columns):
         longest = max([_width(name), *(_width(line[index]) for line in cells)])
-        used += max(SHORTEST_COLUMN, min(longest, SHORT_CELL)) + GAP
+        used += max(SHORTEST_COLUMN, min(longest, NARROWEST_TEXT)) + GAP
         if used > width and index > 0:
             return index
     return len(columns)

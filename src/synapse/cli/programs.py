@@ -31,10 +31,9 @@ def root(
 
 
 def chat(
+    *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The persona to talk to.")],
-    message: Annotated[
-        str | None, typer.Option("--message", "-m", help="Say this, print the answer and leave.")
-    ] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Say this and print the answer.")] = None,
     resume: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the latest conversation.")] = False,
     conversation: Annotated[str | None, typer.Option(metavar="ID", help="Go on with this conversation.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
@@ -65,14 +64,12 @@ def version(as_json: Json = False) -> None:
 def up(
     host: Annotated[str | None, typer.Option(help="Address to listen on; only loopback until a key exists.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = None,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an error as JSON on stderr.")] = False,
 ) -> None:
     """Start the server: an OpenAI-compatible API in which personas are models."""
-    from synapse.config import load_settings
-    from synapse.server.run import serve
+    from synapse.cli.serving import run_up
 
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    serve(load_settings().model_copy(update=given))
+    run_up(host, port, as_json=as_json)
 
 
 def demo(as_json: Json = False) -> None:

@@ -2,16 +2,15 @@
 
 from synapse.commands.context import Context, Progress
 from synapse.commands.registry import (
-    GROUPS,
     Argument,
     Command,
-    Group,
     Permission,
     all_commands,
     command,
     find_command,
     load_group,
 )
+from synapse.groups import GROUPS, Group
 
 __all__ = [
     "GROUPS",

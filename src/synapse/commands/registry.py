@@ -1,7 +1,4 @@
-"""The registry of commands, and nothing else: each room registers its own in its `commands.py`.
-
-`GROUPS` names the module of each group, so that a surface can list the groups without importing a room.
-"""
+"""The registry of commands, and nothing else: each room registers its own in its `commands.py`."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from pydantic import BaseModel
 
 from synapse.commands.context import Context
 from synapse.errors import NotFound
+from synapse.groups import GROUPS
 
 Permission = Literal["read", "manage"]
 """What an API key must hold to run a command: `read` changes nothing, `manage` may change anything."""
@@ -29,25 +27,6 @@ NAME = re.compile(r"[a-z][a-z0-9-]*/[a-z][a-z0-9-]*")
 @dataclass(frozen=True, slots=True)
 class Argument:
     """Marks a field that the terminal takes by position: ``name: Annotated[str, Argument()]``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Commands that share the part of their name before the slash."""
-
-    module: str
-    summary: str
-
-
-GROUPS: dict[str, Group] = {
-    "model": Group("synapse.models.commands", "Model files: pull, list, show, remove."),
-    "layer": Group("synapse.genome.commands", "LoRA layers: add, list, show, export, remove."),
-    "genome": Group("synapse.genome.commands", "Genomes: weighted stacks of layers."),
-    "persona": Group("synapse.personas.commands", "Personas: create, list, show, edit, delete."),
-    "conversation": Group("synapse.personas.commands", "Conversations that personas have had."),
-    "data": Group("synapse.store.commands", "Entities of the store, by collection name."),
-    "key": Group("synapse.server.commands", "API keys of the server."),
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 Backend = Literal["reference", "native", "auto"]
 LOGITS_CHUNK = 256
 """Tokens computed at once by `Engine.logits`."""
+GRAMMAR_TOKENS = 1024
+"""Longest answer under a grammar when the request says nothing: a string that a model goes on with has no other end."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 
@@ -264,7 +266,9 @@ class Engine:
                 param="messages",
             )
         limit = self.context
-        if request.max_tokens is not None:
+        if request.max_tokens is None and request.grammar is not None:
+            limit = min(limit, prompt + GRAMMAR_TOKENS)
+        elif request.max_tokens is not None:
             if request.max_tokens < 1:
                 raise InvalidInput(f"max_tokens must be at least 1, not {request.max_tokens}", param="max_tokens")
             limit = prompt + request.max_tokens

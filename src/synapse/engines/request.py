@@ -52,7 +52,8 @@ class Request:
     Attributes:
         prompt: token ids, at least one.
         layers: the layer stack, (layer id, weight) pairs; the ids come from `Engine.load_layer`.
-        max_tokens: at most so many new tokens; None means as many as the context still holds.
+        max_tokens: at most so many new tokens; None means as many as the context still holds (at most 1,024 under a
+            grammar).
         stop: strings that end the answer and are not part of it, found across token borders.
         logprobs: how many alternatives to report beside each token; None reports nothing, 0 only the token itself.
         ignore_eos: go on after an end-of-text token (for benchmarks).

@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from synapse.commands import Argument, Context, command
 from synapse.errors import Conflict, InvalidInput
+from synapse.genome.commands import GenomeInfo, OneGenome, find_genome, show_genome
 from synapse.genome.entities import Genome
+from synapse.genome.notation import NOTATION, parse_layers
 from synapse.models.library import open_library
 from synapse.personas import conversation_commands
 from synapse.personas.entities import MAX_PROMPT_LENGTH, PERSONA_NAME, Conversation, Persona
-from synapse.personas.layers import find_genome, genome_text, make_genome, parse_layers
+from synapse.personas.layers import genome_text, make_genome
 from synapse.personas.lookup import find_persona
 from synapse.personas.sampling import SamplingChoices, SamplingDefaults
 from synapse.store import Store, open_store
@@ -21,30 +23,29 @@ from synapse.store import Store, open_store
 __all__ = ["conversation_commands"]
 
 Name = Annotated[str, Argument(), Field(description="name of the persona")]
-LAYERS_HELP = "its layers with their weights, as NAME:WEIGHT,NAME:WEIGHT; a weight left out is 1"
 
 
-class PersonaChoices(SamplingChoices):
+class PersonaChoices(BaseModel):
     """What can be said about a persona when it is made or edited."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     description: str | None = Field(None, max_length=500, description="who it is, in a sentence")
     system_prompt: str | None = Field(
-        None, max_length=MAX_PROMPT_LENGTH, description="what it is told before every conversation"
+        None, max_length=MAX_PROMPT_LENGTH, description="what it is told before it answers"
     )
     model: str | None = Field(None, min_length=1, max_length=256, description="name of the base model")
     genome: str | None = Field(None, description="name or id of the genome it wears")
-    layers: str | None = Field(None, description=LAYERS_HELP)
+    layers: str | None = Field(None, description=f"its layers: {NOTATION}")
 
 
-class CreatePersona(PersonaChoices):
+class CreatePersona(SamplingChoices, PersonaChoices):
     """A new persona."""
 
     name: Annotated[str, Argument()] = Field(pattern=PERSONA_NAME, description="lower case letters, digits, . _ -")
 
 
-class EditPersona(PersonaChoices):
+class EditPersona(SamplingChoices, PersonaChoices):
     """What to change; what is left out stays."""
 
     name: Name
@@ -109,7 +110,7 @@ class PersonaGenome(BaseModel):
     """What a persona wears."""
 
     persona: str
-    genome: Genome | None
+    genome: GenomeInfo | None
 
 
 @command("persona/create", permission="manage")
@@ -217,7 +218,7 @@ async def set_genome(params: SetGenome, context: Context) -> PersonaGenome:
         changes = {"genome_id": genome.id if genome else None}
         await _check_fits(store, persona.model_copy(update=changes))
         await store.update(Persona, persona.id, changes)
-        return PersonaGenome(persona=persona.name, genome=genome)
+        return await _wears(context, persona.model_copy(update=changes))
 
     return await store.atomically(work)
 
@@ -227,7 +228,11 @@ async def get_genome(params: PersonaName, context: Context) -> PersonaGenome:
     """Show the genome that a persona wears."""
     store = await context.get(open_store)
     persona = await find_persona(store, params.name)
-    genome = await store.get(Genome, persona.genome_id) if persona.genome_id else None
+    return await _wears(context, persona)
+
+
+async def _wears(context: Context, persona: Persona) -> PersonaGenome:
+    genome = await show_genome(OneGenome(name=persona.genome_id), context) if persona.genome_id else None
     return PersonaGenome(persona=persona.name, genome=genome)
 
 

@@ -106,7 +106,7 @@ async def say(
                 yield event
     except InvalidInput:
         if not kept.text:
-            await _forget(store, question, answer)
+            await kept.forget(question)
         raise
     except Exception:
         await kept.finish("error")
@@ -144,12 +144,6 @@ async def _take_places(store: Store, conversation: Conversation, text: str) -> t
         ) from error
 
 
-async def _forget(store: Store, *messages: Message) -> None:
-    async with store.transaction():
-        for message in messages:
-            await store.delete(Message, message.id)
-
-
 class _KeptAnswer:
     """The answer's row in the store, brought up to date now and then."""
 
@@ -162,7 +156,8 @@ class _KeptAnswer:
 
     @property
     def text(self) -> str:
-        return "".join(self._pieces)
+        """What was said so far; a model can say NUL, which PostgreSQL cannot keep in a text."""
+        return "".join(self._pieces).replace("\0", "\N{REPLACEMENT CHARACTER}")
 
     async def add(self, delta: TextDelta) -> None:
         self._pieces.append(delta.text)
@@ -175,3 +170,10 @@ class _KeptAnswer:
         if not self._finished:
             self._finished = True
             await self._store.update(Message, self._message.id, {"content": self.text, "finish_reason": reason})
+
+    async def forget(self, question: Message) -> None:
+        """Delete the answer and the message it was to, which was refused."""
+        self._finished = True
+        async with self._store.transaction():
+            for message in (question, self._message):
+                await self._store.delete(Message, message.id)

@@ -22,9 +22,7 @@ class Persona(Entity):
 
     name: str = Field(pattern=PERSONA_NAME, description="lower case; what chats and the API call it")
     description: str = Field("", max_length=500, description="who it is, in a sentence")
-    system_prompt: str = Field(
-        "", max_length=MAX_PROMPT_LENGTH, description="what it is told before every conversation"
-    )
+    system_prompt: str = Field("", max_length=MAX_PROMPT_LENGTH, description="what it is told before it answers")
     base_model: str = Field(min_length=1, max_length=256, description="name of the base model")
     genome_id: str | None = Field(None, description="the genome whose layers it wears")
     sampling: SamplingDefaults = Field(default_factory=SamplingDefaults, description="how it samples by default")

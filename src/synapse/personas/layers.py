@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from synapse.commands import Context
-from synapse.errors import InvalidInput, NotFound
 from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference
 from synapse.genome.registry import open_layers
 from synapse.genome.stack import stack
@@ -29,28 +28,6 @@ async def persona_stack(context: Context, persona: Persona) -> tuple[tuple[Path,
     return tuple((path, weight) for path, weight in pairs if weight)
 
 
-def parse_layers(text: str) -> list[tuple[str, float]]:
-    """``captain:0.8,dates`` → ``[("captain", 0.8), ("dates", 1.0)]``; an empty text is no layers.
-
-    Raises:
-        InvalidInput: a name is missing, or a weight is no number from 0 to 1.
-    """
-    layers = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, colon, weight = (piece.strip() for piece in part.partition(":"))
-        try:
-            value = float(weight) if colon else 1.0
-        except ValueError:
-            value = -1.0
-        if not name or not 0 <= value <= 1:
-            raise InvalidInput(
-                f"a layer is NAME or NAME:WEIGHT with a weight from 0 to 1, not {part!r}",
-                hint="for example --layers captain:0.8,dates",
-            )
-        layers.append((name, value))
-    return layers
-
-
 async def make_genome(context: Context, persona: Persona, layers: Sequence[tuple[str, float]]) -> Genome:
     """Keep a genome of these layers, by name or id, and weights, made for the persona.
 
@@ -68,18 +45,6 @@ async def make_genome(context: Context, persona: Persona, layers: Sequence[tuple
         )
     genome = Genome(persona_id=persona.id, base_model=persona.base_model, layers=tuple(references))
     return await store.create(genome)
-
-
-async def find_genome(store: Store, name: str) -> Genome:
-    """The genome of this name or id.
-
-    Raises:
-        NotFound: there is none.
-    """
-    found = await store.find(Genome, name=name) or await store.find(Genome, id=name)
-    if found is None:
-        raise NotFound(f"there is no genome {name!r:.70}", hint="`synapse genome list` shows those there are")
-    return found
 
 
 async def genome_text(store: Store, genome_id: str | None) -> str:
