@@ -85,7 +85,7 @@ class Engine:
     """One base model and everything that is being generated with it.
 
     Not thread safe: one thread calls `add`, `step` and `cancel` (`EngineRunner` is that thread for asyncio).
-    `compile_grammar`, `layers.read`, `layers.known` and `logits` may run beside it.
+    `compile_grammar`, `layers.read` and `layers.known` may run beside it.
     """
 
     def __init__(

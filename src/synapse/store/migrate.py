@@ -14,7 +14,7 @@ from synapse.store.errors import DatabaseTooNew
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every migration, oldest first. Stated here so that a database which is up to date needs no Alembic to say so."""
 FOLDER = Path(__file__).parent / "migrations"
 LOCK = 0x53594E41  # "SYNA": any number, the same in every process
