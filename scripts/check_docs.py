@@ -11,7 +11,6 @@ command that exists and options that it has.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import shlex
@@ -27,13 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import typer.main
 
 from synapse.cli.app import build_app
-from synapse.commands import Context
-from synapse.config import Settings
-from synapse.models.library import open_library
+from tests.support.default_model import default_model_path
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -129,18 +125,9 @@ def start_server(command: str, environment: dict[str, str], work: str) -> subpro
     raise SystemExit(f"{command} did not become ready")
 
 
-async def default_model() -> Path:
-    """The default model's file, in the home that the tests keep."""
-    home = Path(os.environ.get("SYNAPSE_TEST_HOME") or platformdirs.user_cache_path("synapse-tests"))
-    async with Context(Settings(home=home)) as context:
-        library = await context.get(open_library)
-        await library.pull(context.settings.default_model)
-        return library.resolve(context.settings.default_model)
-
-
 def main() -> None:
     pages = [Path(name).absolute() for name in sys.argv[1:]] or [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-    model = asyncio.run(default_model())
+    model = default_model_path()
     failures: list[str] = []
     for page in pages:
         with tempfile.TemporaryDirectory() as home:

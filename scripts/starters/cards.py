@@ -95,7 +95,7 @@ def personas() -> dict[str, Any]:
                 "layer": "sea-captain",
                 "description": "Answers like the captain of a ship.",
                 "system_prompt": captain.SYSTEM_PROMPT,
-                "sampling": {"temperature": 0.5, "top_p": 0.9},
+                "sampling": {"temperature": 0.3, "top_p": 0.9},
             },
         ],
     }
