@@ -8,7 +8,7 @@ from synapse.commands import Context
 from synapse.engines import ContextOverflow, EngineRunner, open_engines
 from synapse.errors import InvalidInput, NotFound
 from synapse.models.chat_template import Message
-from synapse.personas.chat import TextDelta, TurnFinished, TurnOptions, chat, prepare_turn, run_turn
+from synapse.personas.chat import TextDelta, Turn, TurnFinished, TurnOptions, chat, prepare_turn, run_turn
 from synapse.personas.commands import CreatePersona, create_persona
 from synapse.personas.entities import Persona
 from synapse.personas.lookup import find_persona
@@ -146,6 +146,11 @@ async def test_different_personas_share_one_batch(context: Context, store: Store
     alone = [await answer(context, persona), await answer(context, other)]
     runner = await (await context.get(open_engines)).get(persona.base_model)
     steps = runner.engine.counters.steps
-    together = await asyncio.gather(answer(context, persona), answer(context, other))
-    assert [text for text, _ in together] == [text for text, _ in alone]
+    turns = [await prepare_turn(context, each, HELLO) for each in (persona, other)]
+
+    async def text_of(turn: Turn) -> str:
+        return "".join([event.text async for event in run_turn(turn) if isinstance(event, TextDelta)])
+
+    together = await asyncio.gather(*map(text_of, turns))
+    assert together == [text for text, _ in alone]
     assert runner.engine.counters.steps - steps < 40

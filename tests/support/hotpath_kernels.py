@@ -61,7 +61,10 @@ def total(numbers: NDArray[np.int64]) -> int:
     """The reference. Refuses an empty array."""
     if not len(numbers):
         raise InvalidInput("the sum of nothing is not defined here")
-    return sum(numbers.tolist())
+    answer = 0
+    for number in numbers.tolist():
+        answer += number
+    return answer
 
 
 def same(one: int, other: int) -> bool:
