@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: setup demo test check bench format clean
 
 setup: $(VENV)/.dev
+	@$(BIN)/synapse kernels build
 
 # A virtual environment, also where Debian's python3 comes without ensurepip.
 $(BIN)/python:
@@ -31,6 +32,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/synapse kernels build --strict
 	$(BIN)/python -m scripts.check_docs
 
 bench: $(VENV)/.dev

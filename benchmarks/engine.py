@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from synapse.models.library import open_library
-
 from benchmarks.layers import random_adapter
 from benchmarks.report import Report, float_peak, parser, peak_memory, publish, read_bandwidth
 from synapse.commands import Context
 from synapse.config import load_settings
 from synapse.engines import Delta, Engine, Request, Sampling, open_engine
+from synapse.models.library import open_library
 
 BATCHES = (1, 4, 8)
 PROMPT_TOKENS = 64

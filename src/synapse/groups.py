@@ -23,5 +23,7 @@ GROUPS: dict[str, Group] = {
     "persona": Group("synapse.personas.commands", "Personas: create, list, show, edit, delete."),
     "conversation": Group("synapse.personas.commands", "Conversations that personas have had."),
     "data": Group("synapse.store.commands", "Entities of the store, by collection name."),
+    "hotpath": Group("synapse.hotpath.commands", "Hot paths: status, rollout, ranking."),
+    "kernels": Group("synapse.hotpath.kernel_commands", "Native kernels: build, list, verify."),
     "key": Group("synapse.server.commands", "API keys of the server."),
 }

@@ -121,3 +121,12 @@ async def test_a_defect_is_500_and_tells_nothing_of_what_is_inside(tmp_path: Pat
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
     assert "inner secret" not in response.text
+
+
+def test_metrics_are_prometheus_text_and_need_permission_once_there_are_keys(empty: Live) -> None:
+    response = httpx.get(f"{empty.url}/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain")
+    assert "# TYPE synapse_hotpath_answers_total counter" in response.text
+    empty.command("key/create", name="chatter")
+    assert httpx.get(f"{empty.url}/metrics").status_code == 401

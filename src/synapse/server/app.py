@@ -16,7 +16,8 @@ import synapse
 from synapse.commands import Context
 from synapse.engines import open_engines
 from synapse.errors import InternalError, InvalidInput, NotFound, SynapseError
-from synapse.server import health, openai_routes
+from synapse.hotpath.watch import open_hotpaths
+from synapse.server import health, metrics, openai_routes
 from synapse.server.command_routes import command_routes
 from synapse.server.errors import WrongMethod, error_response, from_validation
 from synapse.server.limits import Slots
@@ -44,6 +45,7 @@ def create_app(context: Context, *, body_timeout: float = 30.0) -> FastAPI:
     )
     app.state.server = ServerState(context, Slots(context.settings.max_concurrent_requests), body_timeout)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.include_router(openai_routes.router)
     app.include_router(command_routes())
     app.add_middleware(RequestLog)
@@ -69,6 +71,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def load_default_model(state: ServerState) -> None:
     """Load the model that new personas use, and note in the state how that went."""
     try:
+        await state.context.get(open_hotpaths)
         engines = await state.context.get(open_engines)
         await engines.get(state.context.settings.default_model)
     except SynapseError as error:

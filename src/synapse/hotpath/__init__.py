@@ -1,0 +1,24 @@
+"""Hot paths: a readable reference and a native kernel side by side, picked per call and rolled out safely.
+
+`@hotpath` ties the two together; see docs/guide/hotpaths.md.
+"""
+
+from synapse.hotpath.adapter import HotPath
+from synapse.hotpath.native import FoundBuild, NativeSide, python_forced
+from synapse.hotpath.news import News, listen
+from synapse.hotpath.paths import PATHS, hotpath
+from synapse.hotpath.rollout import STAGES, Plan, Stage
+
+__all__ = [
+    "PATHS",
+    "STAGES",
+    "FoundBuild",
+    "HotPath",
+    "NativeSide",
+    "News",
+    "Plan",
+    "Stage",
+    "hotpath",
+    "listen",
+    "python_forced",
+]

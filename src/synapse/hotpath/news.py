@@ -1,0 +1,53 @@
+"""What other rooms are told: a rollout moved, a kernel was quarantined, an alert was raised.
+
+This room knows nobody above it. Whoever starts the process connects `listen` to where news should go.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+
+# Through the standard library: a program that has not set up any logging finds warnings on its stderr, and nothing on
+# its stdout.
+log: structlog.stdlib.BoundLogger = structlog.wrap_logger(logging.getLogger("synapse.hotpath"))
+
+Kind = Literal[
+    "promoted", "rolled_back", "held", "quarantined", "paused", "resumed", "cleared", "burned_in", "alert", "alert_over"
+]
+WARNINGS: frozenset[Kind] = frozenset({"rolled_back", "held", "quarantined", "alert"})
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Something that happened to a hot path. `build` is the kernel's build, empty where it does not matter."""
+
+    kind: Kind
+    path: str
+    build: str
+    message: str
+
+
+Listener = Callable[[News], None]
+_listeners: list[Listener] = []
+
+
+def listen(listener: Listener) -> Callable[[], None]:
+    """Call `listener` with every piece of news, in the thread that found it. Returns what ends that."""
+    _listeners.append(listener)
+    return lambda: _listeners.remove(listener)
+
+
+def tell(news: News) -> None:
+    """Log a piece of news and pass it on. A listener that raises is logged and keeps nobody else from hearing it."""
+    write = log.warning if news.kind in WARNINGS else log.info
+    write(f"hotpath.{news.kind}", path=news.path, build=news.build, message=news.message)
+    for listener in list(_listeners):
+        try:
+            listener(news)
+        except Exception:
+            log.exception("hotpath.listener_failed", path=news.path, kind=news.kind)
