@@ -1,7 +1,7 @@
 """The native scan of `pattern_search`: which rows could be among the k nearest, from 4-bit codes with proven bounds.
 
-`pattern_codes.py` describes the codes, `pattern_scan.py` the bounds and what is done with the answer. A call scans one
-range of rows for all queries, so threads share a search by rows:
+`pattern_codes.py` describes the codes, `pattern_native.py` the bounds and what is done with the answer. The threads of a
+search each make one call, and the calls share the rows: each takes the next piece until none is left.
 
 1. Sixteen rows at a time, the high halves of the codes give an upper bound of each score. A row whose bound is below the
    query's threshold is out; the others are noted.
@@ -13,7 +13,8 @@ Scores here are in the units of the codes (see `Query`): only their order matter
 """
 
 from std.bit import count_trailing_zeros
-from std.math import fma
+from std.atomic import Atomic
+from std.math import sqrt
 from std.memory import bitcast, pack_bits
 from std.sys import CompilationTarget, llvm_intrinsic
 from std.sys.intrinsics import prefetch
@@ -37,13 +38,21 @@ comptime Bytes = Pointer[UInt8, MutUntrackedOrigin]
 comptime Codes = Pointer[Int8, MutUntrackedOrigin]
 comptime Floats = Pointer[Float32, MutUntrackedOrigin]
 comptime Ints = Pointer[Int32, MutUntrackedOrigin]
+comptime Doubles = Pointer[Float64, MutUntrackedOrigin]
+comptime Terms = Pointer[Query, MutUntrackedOrigin]
 comptime Sums = SIMD[DType.int32, LANES]
+comptime BIAS_ERROR = Float32(2.0**-18)  # `FLOAT32_SLACK`, for what is added beside the product
+comptime REFINED = Int32.MIN  # in found_dots: found_upper is of all eight bits
+comptime SCORE_SLACK = 2.0**-22  # as in pattern_codes.py, for this and the next
+comptime SCORE_UNDERFLOW = 2.0**-148
+comptime UNDERFLOW = 1e-30  # more than float32 arithmetic on codes loses at its lower end
+comptime MARGIN = 1 + 2.0**-20  # more than rounding to float32 takes away
 comptime LOWEST = Float32.MIN_FINITE
 
 
 @fieldwise_init
 struct Query(Copyable, Movable):
-    """What a query contributes to a score and to its bounds; `pattern_scan.Prepared` derives them."""
+    """What a query contributes to a score and to its bounds."""
 
     var step: Float32  # of its own codes
     var total: Float32  # step times the sum of its codes
@@ -55,16 +64,16 @@ struct Query(Copyable, Movable):
 
 @fieldwise_init
 struct Scan(Copyable, Movable):
-    """One call. Every field is eight bytes, as in `pattern_scan.ScanCall`."""
+    """One call. Every field is eight bytes, as in `pattern_native.ScanCall`."""
 
     var lines: Int  # of a group: dimensions / 8
-    var first: Int  # row, a multiple of 16
-    var last: Int  # row, exclusive
+    var rows: Int
+    var piece: Int  # groups that a call takes at a time
     var queries: Int
     var k: Int
     var capacity: Int  # found rows per query there is room for
-    var part: Int  # which of the calls that share this search
-    var parts: Int
+    var call: Int  # which of the calls that share this search
+    var calls: Int
     var has_bias: Int
     var has_mask: Int
     var high: Bytes  # [groups, lines, 16, 4]
@@ -77,8 +86,9 @@ struct Scan(Copyable, Movable):
     var bias: Floats
     var mask: Bytes
     var query_codes: Codes  # [queries, 2, lines * 4]
-    var query_terms: Pointer[Query, MutUntrackedOrigin]  # [queries]
-    var thresholds: Floats  # [parts, queries]: each call writes its own row and reads all
+    var query_terms: Terms  # [queries]
+    var taken: Pointer[Int64, MutUntrackedOrigin]  # [1]: groups that some call has taken
+    var thresholds: Floats  # [calls, queries]: each call writes its own row and reads all
     var limits: Floats  # [queries]: the threshold this call uses now
     var heaps: Floats  # [queries, k]: the best lower bounds
     var heap_sizes: Ints  # [queries]
@@ -87,6 +97,22 @@ struct Scan(Copyable, Movable):
     var found_upper: Floats
     var found_counts: Ints  # [queries]
     var settled: Ints  # [queries]: how many of the found were looked at
+
+
+@fieldwise_init
+struct Preparation(Copyable, Movable):
+    """One call of `prepare`. Every field is eight bytes, as in `pattern_native.PrepareCall`."""
+
+    var queries: Int
+    var dimensions: Int
+    var lines: Int
+    var is_l2: Int
+    var is_dot: Int
+    var unit: Float64
+    var vectors: Floats  # [queries, dimensions]
+    var centre: Doubles  # [dimensions]
+    var codes: Codes  # [queries, 2, lines * 4]
+    var terms: Terms  # [queries]
 
 
 @always_inline
@@ -182,7 +208,7 @@ def note(scan: Scan, query: Int, row: Int, sums: Sums):
     while hits != 0:
         var lane = Int(count_trailing_zeros(hits))
         hits &= hits - 1
-        if row + lane >= scan.last or (scan.has_mask != 0 and scan.mask.unsafe_offset(row + lane)[] == 0):
+        if row + lane >= scan.rows or (scan.has_mask != 0 and scan.mask.unsafe_offset(row + lane)[] == 0):
             continue
         var at = query * scan.capacity + count
         scan.found_rows.unsafe_offset(at)[] = Int32(row + lane)
@@ -190,10 +216,6 @@ def note(scan: Scan, query: Int, row: Int, sums: Sums):
         scan.found_upper.unsafe_offset(at)[] = upper[lane]
         count += 1
     scan.found_counts.unsafe_offset(query)[] = Int32(count)
-
-
-comptime BIAS_ERROR = Float32(2.0**-18)
-comptime REFINED = Int32.MIN  # in found_dots: found_upper is of all eight bits
 
 
 @always_inline
@@ -281,8 +303,8 @@ def settle(scan: Scan, query: Int):
         if scan.found_upper.unsafe_offset(at)[] - error >= scan.limits.unsafe_offset(query)[]:
             refine(scan, query, at)
     scan.settled.unsafe_offset(query)[] = Int32(count)
-    scan.thresholds.unsafe_offset(scan.part * scan.queries + query)[] = scan.limits.unsafe_offset(query)[]
-    for other in range(scan.parts):
+    scan.thresholds.unsafe_offset(scan.call * scan.queries + query)[] = scan.limits.unsafe_offset(query)[]
+    for other in range(scan.calls):
         raise_limit(scan, query, scan.thresholds.unsafe_offset(other * scan.queries + query)[])
 
 
@@ -328,6 +350,75 @@ def sift(scan: Scan, query: Int):
     scan.settled.unsafe_offset(query)[] = Int32(kept)
 
 
+@always_inline
+def has_room(scan: Scan, query: Int, rows: Int) -> Bool:
+    """Whether so many more rows can be noted, after clearing out if need be."""
+    if Int(scan.found_counts.unsafe_offset(query)[]) + rows > scan.capacity:
+        sift(scan, query)
+    return Int(scan.found_counts.unsafe_offset(query)[]) + rows <= scan.capacity
+
+
+@export("pattern_search_prepare")
+def pattern_search_prepare(call: Pointer[Preparation, MutUntrackedOrigin]) abi("C"):
+    """Writes the codes and the terms of each query. The codes must hold zeros."""
+    for query in range(call[].queries):
+        prepare(call[], query)
+
+
+def prepare(call: Preparation, query: Int):
+    """In float64: w is the query in the frame of the codes, step·ŵ what its own codes make of it."""
+    var q = call.vectors.unsafe_offset(query * call.dimensions)
+    var scale = Float64(1)  # from the query, moved to the frame's origin, to w
+    var slack = Float64(UNDERFLOW)
+    var bias = Float64(1)
+    if call.is_l2 != 0:
+        var length = distance(call, q, 0, 0) / call.unit
+        bias = 1 / max(1.0, length)
+        scale = bias / call.unit
+        slack += SCORE_SLACK * length * length * bias + SCORE_UNDERFLOW * bias / (call.unit * call.unit)
+    else:
+        var length = distance(call, q, 0, 0)
+        scale = 1 / length if length > 0 else 1.0
+        slack += SCORE_UNDERFLOW / call.unit / (max(length, 1e-300) if call.is_dot != 0 else 1.0)
+    var largest = Float64(0)
+    for i in range(call.dimensions):
+        largest = max(largest, abs(component(call, q, i)) * scale)
+    var step = max(largest / 127, 1e-30).cast[DType.float32]()
+    var codes = call.codes.unsafe_offset(query * call.lines * 8)
+    var half = call.lines * 4
+    var total = 0
+    for i in range(call.dimensions):
+        var level = Int(round(component(call, q, i) * scale / step.cast[DType.float64]()).clamp(-127, 127))
+        codes.unsafe_offset(i % 8 // 4 * half + i // 8 * 4 + i % 4)[] = Int8(level)
+        total += level
+    ref terms = call.terms.unsafe_offset(query)[]
+    terms.step = step
+    terms.total = step * Float32(total)
+    terms.norm = (distance(call, q, 0, 0) * scale * MARGIN).cast[DType.float32]()
+    terms.error = (distance(call, q, query, step.cast[DType.float64]() / scale) * scale * MARGIN).cast[DType.float32]()
+    terms.slack = (min(slack, 1e30) * MARGIN).cast[DType.float32]()
+    terms.bias = bias.cast[DType.float32]()
+
+
+@always_inline
+def component(call: Preparation, q: Floats, i: Int) -> Float64:
+    """Of a query, moved to the frame's origin for l2; for a product that would add the same to every score."""
+    var value = q.unsafe_offset(i)[].cast[DType.float64]()
+    return value - call.centre.unsafe_offset(i)[] if call.is_l2 != 0 else value
+
+
+def distance(call: Preparation, q: Floats, query: Int, step: Float64) -> Float64:
+    """The length of a query less `step` times its codes."""
+    var codes = call.codes.unsafe_offset(query * call.lines * 8)
+    var half = call.lines * 4
+    var squares = Float64(0)
+    for i in range(call.dimensions):
+        var level = codes.unsafe_offset(i % 8 // 4 * half + i // 8 * 4 + i % 4)[].cast[DType.float64]()
+        var rest = component(call, q, i) - step * level
+        squares += rest * rest
+    return sqrt(squares)
+
+
 @export("pattern_search_abi_version")
 def pattern_search_abi_version() abi("C") -> Int:
     return ABI_VERSION
@@ -336,36 +427,32 @@ def pattern_search_abi_version() abi("C") -> Int:
 @export("pattern_search_scan")
 def pattern_search_scan(call: Pointer[Scan, MutUntrackedOrigin]) abi("C") -> Int:
     """Fills found_rows, found_upper and found_counts; 1 when there was not room enough. The counts must hold zeros, the
-    thresholds LOWEST or what earlier calls left, the limits any lower bound of the k-th best score, such as LOWEST."""
+    thresholds LOWEST, the limits any lower bound of the k-th best score, such as LOWEST."""
     ref scan = call[]
-    var group = scan.first // GROUP
-    var groups = (scan.last + GROUP - 1) // GROUP
+    var groups = (scan.rows + GROUP - 1) // GROUP
     var tile = 4
-    while group < groups:
-        var end = min(group + tile, groups)
-        for query in range(scan.queries):
-            if not has_room(scan, query, (end - group) * GROUP):
-                return 1
-        while group < end:
-            var query = 0
-            while query + SHARED <= scan.queries:
-                coarse[SHARED](scan, group, query)
-                query += SHARED
-            while query < scan.queries:
-                coarse[1](scan, group, query)
-                query += 1
-            group += 1
-        for query in range(scan.queries):
-            settle(scan, query)
-        tile = min(2 * tile, TILE)
+    while True:
+        var group = Int(Atomic[Int64].fetch_add(scan.taken, Int64(scan.piece)))
+        var last = min(group + scan.piece, groups)
+        if group >= groups:
+            break
+        while group < last:
+            var end = min(group + tile, last)
+            for query in range(scan.queries):
+                if not has_room(scan, query, (end - group) * GROUP):
+                    return 1
+            while group < end:
+                var query = 0
+                while query + SHARED <= scan.queries:
+                    coarse[SHARED](scan, group, query)
+                    query += SHARED
+                while query < scan.queries:
+                    coarse[1](scan, group, query)
+                    query += 1
+                group += 1
+            for query in range(scan.queries):
+                settle(scan, query)
+            tile = min(2 * tile, TILE)
     for query in range(scan.queries):
         sift(scan, query)
     return 0
-
-
-@always_inline
-def has_room(scan: Scan, query: Int, rows: Int) -> Bool:
-    """Whether so many more rows can be noted, after clearing out if need be."""
-    if Int(scan.found_counts.unsafe_offset(query)[]) + rows > scan.capacity:
-        sift(scan, query)
-    return Int(scan.found_counts.unsafe_offset(query)[]) + rows <= scan.capacity

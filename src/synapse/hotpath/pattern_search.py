@@ -8,16 +8,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Self, get_args
 
 import numpy as np
-import structlog
 from numpy.typing import ArrayLike
 
-from synapse.errors import Conflict, InvalidInput, NotFound, SynapseError
-from synapse.hotpath.native import python_forced
+from synapse.errors import Conflict, InvalidInput, NotFound
+from synapse.hotpath.native import NativeSide
+from synapse.hotpath.paths import hotpath
 from synapse.hotpath.pattern_codes import (
     Bytes,
     Float32s,
@@ -31,15 +30,13 @@ from synapse.hotpath.pattern_codes import (
     lengths,
 )
 from synapse.hotpath.pattern_file import read_view, write_view
-from synapse.hotpath.pattern_native import bind, find
-from synapse.hotpath.pattern_scan import Answer, Int64s, Scan, View, scan_reference
+from synapse.hotpath.pattern_native import bind, examples, find
+from synapse.hotpath.pattern_scan import Answer, Int64s, Scan, View, agrees, scan_reference
 
 MOST_DIMENSIONS = 4096
 LARGEST = 1e15
 """The largest component by absolute value; products of larger ones would not fit in float32."""
 SMALLEST_CAPACITY = 64
-
-_log = structlog.get_logger(__name__)
 
 
 class PatternIndex:
@@ -242,19 +239,8 @@ class PatternIndex:
         return vectors
 
 
-def default_scan(view: View, queries: Float32s, k: int, mask: Bytes | None) -> Answer:
-    """The kernel's answer where there is one for this machine, else the reference's; both are the same."""
-    native = None if python_forced() else _native()
-    return (native or scan_reference)(view, queries, k, mask)
-
-
-@cache
-def _native() -> Scan | None:
-    try:
-        return bind(find().library)
-    except SynapseError as error:
-        _log.info("the reference answers pattern searches", reason=error.message)
-        return None
+default_scan = hotpath("pattern_search", kernel=NativeSide(find, bind), agrees=agrees, burn_in=examples)(scan_reference)
+"""The hot path: the kernel or the reference, as its rollout says. Both give the same answer."""
 
 
 def _checked_ids(ids: ArrayLike) -> Int64s:
