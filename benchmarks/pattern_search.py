@@ -36,6 +36,8 @@ DIMENSIONS = 384
 THREADS = 2
 BATCH = 32
 PLAIN_ROWS = 2000
+PAUSE = 0.05
+"""Seconds before each call. BLAS and OpenMP threads go on spinning for a while, in the way of whoever comes next."""
 HNSW_ROWS = 200_000
 
 Vectors = NDArray[np.float32]
@@ -146,6 +148,7 @@ def take_turns(contenders: dict[str, Search], queries: Vectors, batch: int, roun
     for turn in range(rounds + 1):
         asked = queries[(turn * batch + np.arange(batch)) % len(queries)]
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            time.sleep(PAUSE)
             start = time.perf_counter()
             contenders[name](asked)
             if turn:  # the first round warms up

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from support.pattern_kernel import brute_force, kernel_build, scan_called
 from synapse.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
-from synapse.hotpath import pattern_search
+from synapse.hotpath import PATHS
 from synapse.hotpath.pattern_file import IndexDamaged
-from synapse.hotpath.pattern_native import bind
-from synapse.hotpath.pattern_scan import Scan, agrees, scan_reference
+from synapse.hotpath.pattern_scan import Scan, agrees
 from synapse.hotpath.pattern_search import PatternIndex
 
 
@@ -419,17 +418,18 @@ def test_searches_during_changes_see_one_moment(scan: Scan) -> None:
     assert seen
 
 
-def test_python_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_is_a_call_of_the_hot_path_which_the_reference_answers_when_python_is_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SYNAPSE_FORCE_PYTHON", "1")
-    monkeypatch.setattr(pattern_search, "_native", lambda: pytest.fail("the kernel was asked for"))
+    counters = PATHS["pattern_search"].counters
+    before = counters.read()
     assert filled().search(normal(1, 24), 3)[0].shape == (1, 3)
+    assert counters.read().reference_answers == before.reference_answers + 1
 
 
-def test_a_build_is_used_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SYNAPSE_FORCE_PYTHON", raising=False)
-    native = bind(kernel_build().path)
-    used = []
-    monkeypatch.setattr(pattern_search, "_native", lambda: lambda *args: used.append(args) or native(*args))
-    query = normal(1, 24, seed=1)
-    assert agrees(filled().search(query, 3), filled(scan=scan_reference).search(query, 3))
-    assert used
+def test_the_kernel_of_the_hot_path_agrees_with_its_reference() -> None:
+    path = PATHS["pattern_search"]
+    assert path.burn_in is not None
+    native = path.native.bind(kernel_build().path)
+    assert all(path.agrees(native(*call), path.reference(*call)) for call in path.burn_in())

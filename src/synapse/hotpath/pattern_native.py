@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import weakref
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import get_args
+from queue import SimpleQueue
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,22 +29,21 @@ from synapse.hotpath.kernels import KernelBuild, KernelSpec, find_build, load_bu
 from synapse.hotpath.native import FoundBuild
 from synapse.hotpath.pattern_codes import (
     GROUP,
-    SCORE_SLACK,
-    SCORE_UNDERFLOW,
     Bytes,
+    Codes,
     Float32s,
     Metric,
     allocate,
     encode,
     learn_frame,
     lengths,
-    round_up,
 )
 from synapse.hotpath.pattern_scan import Answer, Rows, Scan, View, agrees, nearest, scan_reference
 
-ROWS_PER_PART = 8192
-"""At least so many rows are given to a thread at a time."""
-PARTS_PER_THREAD = 4
+ROWS_PER_THREAD = 8192
+"""A thread is worth waking for this many rows."""
+PIECES_PER_THREAD = 16
+"""Threads take the rows in so many pieces each, so that one that is slow or late takes fewer."""
 ROOM = 8192
 """Rows a call can note for one query before it clears out those that fell below the threshold."""
 TILE = 1024
@@ -54,18 +52,36 @@ BATCH = 32
 """Queries that share one pass over the codes."""
 LOWEST = np.finfo(np.float32).min
 TERMS = np.dtype([(name, np.float32) for name in ("step", "total", "norm", "error", "slack", "bias")])
-NUMBERS = ("lines", "first", "last", "queries", "k", "capacity", "part", "parts", "has_bias", "has_mask")
-ARRAYS = (
-    *("high", "low", "middle", "scale", "coarse_error", "fine_error", "size", "bias", "mask"),
-    *("query_codes", "query_terms", "thresholds", "limits", "heaps", "heap_sizes"),
-    *("found_rows", "found_dots", "found_upper", "found_counts", "settled"),
-)
 
 
 class ScanCall(ctypes.Structure):
-    """The `Scan` of pattern_search.mojo, field by field; pointers are addresses."""
+    """The `Scan` of pattern_search.mojo, field by field; arrays are addresses."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in (*NUMBERS, *ARRAYS)]
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("lines", "rows", "piece", "queries", "k", "capacity", "call", "calls", "has_bias", "has_mask"),
+            *("high", "low", "middle", "scale", "coarse_error", "fine_error", "size", "bias", "mask"),
+            *("query_codes", "query_terms", "taken", "thresholds", "limits", "heaps", "heap_sizes"),
+            *("found_rows", "found_dots", "found_upper", "found_counts", "settled"),
+        )
+    ]
+
+
+class PrepareCall(ctypes.Structure):
+    """The `Preparation` of pattern_search.mojo, likewise."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("queries", "dimensions", "lines", "is_l2", "is_dot")),
+        ("unit", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("vectors", "centre", "codes", "terms")),
+    ]
+
+
+def address(array: NDArray[Any]) -> int:
+    """Where an array's first element is. The array must outlive its use."""
+    pointer: int = array.__array_interface__["data"][0]  # a third of the time that array.ctypes.data takes
+    return pointer
 
 
 def self_test(library: ctypes.CDLL) -> None:
@@ -120,7 +136,7 @@ def bind(path: Path) -> Scan:
 KERNEL = KernelSpec(
     name="pattern_search",
     source=Path(__file__).with_name("pattern_search.mojo"),
-    symbols=("pattern_search_abi_version", "pattern_search_scan"),
+    symbols=("pattern_search_abi_version", "pattern_search_prepare", "pattern_search_scan"),
     abi_version=1,
     self_test=self_test,
     main=Path(__file__).with_name("pattern_search_main.mojo"),
@@ -135,155 +151,142 @@ def scan_native(library: ctypes.CDLL, view: View, queries: Float32s, k: int, mas
     """
     if not len(queries) or not k:
         return nearest(view, queries, [np.empty(0, np.intp)] * len(queries), k)
+    if len(queries) <= BATCH:
+        return nearest(view, queries, _candidates(library, view, queries, k, mask), k)
     batches = [queries[start : start + BATCH] for start in range(0, len(queries), BATCH)]
     answers = [nearest(view, batch, _candidates(library, view, batch, k, mask), k) for batch in batches]
     return np.concatenate([ids for ids, _ in answers]), np.concatenate([scores for _, scores in answers])
 
 
 def _candidates(library: ctypes.CDLL, view: View, queries: Float32s, k: int, mask: Bytes | None) -> list[Rows]:
-    """Rows that hold the k nearest of each query. Threads take parts of the rows in turn, so a slow one takes fewer."""
-    codes, terms = prepare(view, queries)
-    parts = max(1, min(PARTS_PER_THREAD * threads(), view.count // ROWS_PER_PART))
-    groups = -(-view.count // GROUP)
-    bounds = [min(view.count, GROUP * (groups * part // parts)) for part in range(parts + 1)]
-    thresholds = np.full((parts, len(queries)), LOWEST, np.float32)
-    search = _Search(library, view, codes, terms, thresholds, k, mask, bounds, iter(range(parts)))
-    others = [_pool().submit(search.work) for _ in range(min(threads(), parts) - 1)]
-    found = search.work()
-    for other in others:
-        if not other.cancel():  # one that has not begun has nothing left to do
-            found += other.result()
-    limits = thresholds.max(axis=0)
-    return [
-        np.concatenate([rows[i][upper[i] >= limit] for rows, upper in found]).astype(np.intp)
-        for i, limit in enumerate(limits)
-    ]
-
-
-def prepare(view: View, queries: Float32s) -> tuple[NDArray[np.int8], NDArray[np.void]]:
-    """Codes [queries, 2, dimensions / 2] of int8, and `TERMS` of each query."""
-    q = queries.astype(np.float64)
-    frame = view.frame
-    bias = np.ones(len(q))
-    slack = np.full(len(q), 1e-30)  # underflow in float32
-    if view.metric == "l2":
-        w = (q - frame.centre) / frame.unit
-        bias = 1 / np.maximum(1.0, lengths(w))
-        w *= bias[:, None]
-        slack += SCORE_SLACK * lengths(w) ** 2 / bias + SCORE_UNDERFLOW * bias / frame.unit**2
-    else:
-        norms = lengths(q)
-        w = q / np.where(norms > 0, norms, 1.0)[:, None]
-        slack += SCORE_UNDERFLOW / frame.unit / (np.maximum(norms, 1e-300) if view.metric == "dot" else 1.0)
-    step = np.maximum(np.abs(w).max(axis=1) / 127, 1e-30).astype(np.float32)
-    exact_step = step.astype(np.float64)[:, None]
-    levels = np.rint(w / exact_step).clip(-127, 127)
-    terms = np.empty(len(q), TERMS)
-    terms["step"] = step
-    terms["total"] = step * levels.sum(axis=1)
-    terms["norm"] = round_up(lengths(w) * (1 + 2.0**-20))
-    terms["error"] = round_up(lengths(w - exact_step * levels) * (1 + 2.0**-20))
-    terms["slack"] = round_up(np.minimum(slack, 1e30) * (1 + 2.0**-20))
-    terms["bias"] = bias
-    padded = np.zeros((len(q), view.codes.low.shape[1] * 2), np.int8)
-    padded[:, : levels.shape[1]] = levels
-    halves = padded.reshape(len(q), -1, 2, 4).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(halves).reshape(len(q), 2, -1), terms
-
-
-class _Scratch:
-    """The arrays a call writes, kept for the next call: fresh memory costs more than the scan of a small index."""
-
-    def __init__(self, queries: int, k: int, room: int) -> None:
-        self.shape = (queries, k, room)
-        self.counts = np.empty((3, queries), np.int32)  # found, settled, in the heap
-        self.limits = np.empty(queries, np.float32)
-        self.heaps = np.empty((queries, k), np.float32)
-        self.rows = np.empty((queries, room), np.int32)
-        self.dots = np.empty((queries, room), np.int32)
-        self.upper = np.empty((queries, room), np.float32)
-
-
-_spare: deque[_Scratch] = deque(maxlen=16)
-
-
-@contextmanager
-def _scratch(queries: int, k: int, room: int) -> Iterator[_Scratch]:
-    try:
-        scratch = _spare.pop()
-    except IndexError:
-        scratch = _Scratch(queries, k, room)
-    if scratch.shape != (queries, k, room):
-        scratch = _Scratch(queries, k, room)
-    yield scratch
-    if room == ROOM:
-        _spare.append(scratch)
-
-
-Found = tuple[list[NDArray[np.int32]], list[Float32s]]
-"""Rows, and their upper bounds, of each query."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Search:
-    """One pass over the codes for some queries. `parts` gives out the numbers of the parts that nobody works on yet."""
-
-    library: ctypes.CDLL
-    view: View
-    query_codes: NDArray[np.int8]
-    terms: NDArray[np.void]
-    thresholds: Float32s
-    k: int
-    mask: Bytes | None
-    bounds: list[int]
-    parts: Iterator[int]
-
-    def work(self) -> list[Found]:
-        """Scan parts until none is left."""
-        if self.k > ROOM // 4:
-            return [self._run_with_room(part) for part in self.parts]
-        with _scratch(len(self.terms), self.k, ROOM) as scratch:
-            call = self._call(scratch)
-            return [self._run(call, scratch, part) or self._run_with_room(part) for part in self.parts]
-
-    def _run_with_room(self, part: int) -> Found:
-        """Scan a part with room for each of its rows."""
-        scratch = _Scratch(len(self.terms), self.k, self.bounds[part + 1] - self.bounds[part] + TILE)
-        found = self._run(self._call(scratch), scratch, part)
-        if found is None:
+    """Rows that hold the k nearest of each query."""
+    if k <= ROOM // 4:
+        search = _spare_search(library, view, len(queries), k)
+        found = search.run(view, queries, mask)
+        _spare.append(search)
+        if found is not None:
+            return found
+    every = []
+    search = _Search(library, view, 1, k, view.count + TILE)
+    for i in range(len(queries)):  # one by one, with room for every row
+        one = search.run(view, queries[i : i + 1], mask)
+        if one is None:
             raise InternalError("the kernel pattern_search asks for more room than it can need")
-        return found
+        every += one
+    return every
 
-    def _run(self, call: ScanCall, scratch: _Scratch, part: int) -> Found | None:
-        """Scan a part; None when there was not room enough."""
-        call.part, call.first, call.last = part, self.bounds[part], self.bounds[part + 1]
-        scratch.counts.fill(0)
-        self.thresholds.max(axis=0, out=scratch.limits)
-        if self.library.pattern_search_scan(ctypes.byref(call)):
-            return None
-        counts = scratch.counts[0].tolist()
-        rows = [scratch.rows[i, :count].copy() for i, count in enumerate(counts)]
-        return rows, [scratch.upper[i, :count].copy() for i, count in enumerate(counts)]
 
-    def _call(self, scratch: _Scratch) -> ScanCall:
-        codes, mask = self.view.codes, self.mask
-        found, settled, in_heap = scratch.counts
+def _spare_search(library: ctypes.CDLL, view: View, queries: int, k: int) -> _Search:
+    """One that is ready for such a call, else a new one."""
+    while True:
+        try:
+            search = _spare.pop()
+        except IndexError:
+            return _Search(library, view, queries, k, ROOM)
+        if search.fits(library, view, queries, k):
+            return search
+
+
+class _Search:
+    """One pass over the codes for some queries, shared by threads, and used again for the next of its kind.
+
+    It is kept because making the arrays and the calls anew would take as long as scanning 20,000 rows.
+    """
+
+    def __init__(self, library: ctypes.CDLL, view: View, queries: int, k: int, room: int) -> None:
+        count, dimensions = view.count, view.vectors.shape[1]
+        lines = view.codes.high.shape[1]
+        self._library = library
+        self._view = weakref.ref(view)
+        self._shape = (queries, k)
+        self._codes = np.zeros((queries, 2, lines * 4), np.int8)
+        self._terms = np.empty(queries, TERMS)
+        calls = max(1, min(threads(), count // ROWS_PER_THREAD))
+        self._thresholds = np.empty((calls, queries), np.float32)
+        self._taken = np.zeros(1, np.int64)
+        self._prepare = PrepareCall(
+            *(queries, dimensions, lines, view.metric == "l2", view.metric == "dot", view.frame.unit),
+            *(0, address(view.frame.centre), address(self._codes), address(self._terms)),
+        )
+        self._limits = np.empty((calls, queries), np.float32)
+        self._heaps = np.empty((calls, queries, k), np.float32)
+        self._counts = np.empty((calls, 3, queries), np.int32)  # found, settled, in the heap
+        self._rows = np.empty((calls, queries, room), np.int32)
+        self._dots = np.empty((calls, queries, room), np.int32)
+        self._upper = np.empty((calls, queries, room), np.float32)
+        piece = max(1, -(-count // GROUP) // (PIECES_PER_THREAD * calls))
+        numbers = (lines, count, piece, queries, k, room)
+        self._calls = [
+            ScanCall(*numbers, call, calls, view.metric == "l2", False, *self._arrays(view.codes, call))
+            for call in range(calls)
+        ]
+        self._lock = threading.Lock()
+        self._at_work = 0
+        self._over = True
+        self._ended: SimpleQueue[int | BaseException] = SimpleQueue()
+
+    def _arrays(self, codes: Codes, call: int) -> list[int]:
         inputs = (codes.high, codes.low, codes.middle, codes.scale, codes.coarse_error, codes.fine_error, codes.size)
-        outputs = (scratch.rows, scratch.dots, scratch.upper, found, settled)
-        arrays = (
-            *(*inputs, codes.bias, codes.bias if mask is None else mask, self.query_codes, self.terms),
-            *(self.thresholds, scratch.limits, scratch.heaps, in_heap, *outputs),
-        )
-        return ScanCall(
-            lines=codes.high.shape[1],
-            queries=len(self.terms),
-            k=self.k,
-            capacity=scratch.shape[2],
-            parts=len(self.thresholds),
-            has_bias=self.view.metric == "l2",
-            has_mask=mask is not None,
-            **{name: array.ctypes.data for name, array in zip(ARRAYS, arrays, strict=True)},
-        )
+        shared = (codes.bias, codes.bias, self._codes, self._terms, self._taken, self._thresholds)
+        found, settled, in_heap = self._counts[call]
+        own = (self._limits[call], self._heaps[call], in_heap, self._rows[call], self._dots[call], self._upper[call])
+        return [address(array) for array in (*inputs, *shared, *own, found, settled)]
+
+    def fits(self, library: ctypes.CDLL, view: View, queries: int, k: int) -> bool:
+        """Whether it was made for such a call."""
+        return self._library is library and self._view() is view and self._shape == (queries, k)
+
+    def run(self, view: View, queries: Float32s, mask: Bytes | None) -> list[Rows] | None:
+        """The rows that could be among the nearest, for each query; None when there was not room for them."""
+        self._prepare.vectors = address(queries)
+        self._library.pattern_search_prepare(ctypes.byref(self._prepare))
+        self._thresholds.fill(LOWEST)
+        self._taken[0] = 0
+        for call in self._calls:
+            call.has_mask = mask is not None
+            call.mask = 0 if mask is None else address(mask)
+        with self._lock:
+            self._at_work, self._over = 1, False
+        for _ in self._calls[1:]:
+            _helpers().put(self)
+        self._work(0)
+        with self._lock:
+            self._over = True  # a helper that has not begun has nothing left to do
+            begun = self._at_work
+        ended = [self._ended.get() for _ in range(begun)]
+        for status in ended:
+            if isinstance(status, BaseException):
+                raise status
+        if any(ended):
+            return None
+        limits = self._thresholds.max(axis=0).tolist()
+        return [self._found(query, begun, limits[query]) for query in range(len(queries))]
+
+    def _found(self, query: int, calls: int, limit: float) -> Rows:
+        parts = []
+        for call in range(calls):
+            count = self._counts[call, 0, query]
+            rows = self._rows[call, query, :count]
+            parts.append(rows[self._upper[call, query, :count] >= limit])
+        return np.concatenate(parts).astype(np.intp)
+
+    def help(self) -> None:
+        """Take pieces of the rows, on another thread, if there is still something to do."""
+        with self._lock:
+            call = self._at_work
+            if self._over or call == len(self._calls):
+                return
+            self._at_work += 1
+        self._work(call)
+
+    def _work(self, call: int) -> None:
+        try:
+            self._ended.put(self._library.pattern_search_scan(ctypes.byref(self._calls[call])))
+        except BaseException as error:
+            self._ended.put(error)
+
+
+_spare: deque[_Search] = deque(maxlen=4)
 
 
 def threads() -> int:
@@ -292,8 +295,17 @@ def threads() -> int:
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, threads() - 1), thread_name_prefix="pattern-search")
+def _helpers() -> SimpleQueue[_Search]:
+    """The queue from which one thread per further core takes searches to help with."""
+    queue: SimpleQueue[_Search] = SimpleQueue()
+
+    def serve() -> None:
+        while True:
+            queue.get().help()
+
+    for number in range(threads() - 1):
+        threading.Thread(target=serve, name=f"pattern-search-{number}", daemon=True).start()
+    return queue
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of the threads
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked child has none of the threads

@@ -34,7 +34,7 @@ Answer = tuple[Int64s, Float32s]
 """Ids and scores, both [queries, k], best first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class View:
     """An index as it was at one moment. Nothing in the first `count` rows of its arrays ever changes."""
 

@@ -360,7 +360,7 @@ def has_room(scan: Scan, query: Int, rows: Int) -> Bool:
 
 @export("pattern_search_prepare")
 def pattern_search_prepare(call: Pointer[Preparation, MutUntrackedOrigin]) abi("C"):
-    """Writes the codes and the terms of each query. The codes must hold zeros."""
+    """Writes the codes and the terms of each query. Codes of dimensions that do not exist are left as they are."""
     for query in range(call[].queries):
         prepare(call[], query)
 
@@ -368,7 +368,7 @@ def pattern_search_prepare(call: Pointer[Preparation, MutUntrackedOrigin]) abi("
 def prepare(call: Preparation, query: Int):
     """In float64: w is the query in the frame of the codes, step·ŵ what its own codes make of it."""
     var q = call.vectors.unsafe_offset(query * call.dimensions)
-    var scale = Float64(1)  # from the query, moved to the frame's origin, to w
+    var scale: Float64  # from the query, moved to the frame's origin, to w
     var slack = Float64(UNDERFLOW)
     var bias = Float64(1)
     if call.is_l2 != 0:
@@ -408,13 +408,14 @@ def component(call: Preparation, q: Floats, i: Int) -> Float64:
 
 
 def distance(call: Preparation, q: Floats, query: Int, step: Float64) -> Float64:
-    """The length of a query less `step` times its codes."""
+    """The length of a query less `step` times its codes, which are not looked at for a step of 0."""
     var codes = call.codes.unsafe_offset(query * call.lines * 8)
     var half = call.lines * 4
     var squares = Float64(0)
     for i in range(call.dimensions):
-        var level = codes.unsafe_offset(i % 8 // 4 * half + i // 8 * 4 + i % 4)[].cast[DType.float64]()
-        var rest = component(call, q, i) - step * level
+        var rest = component(call, q, i)
+        if step != 0:
+            rest -= step * codes.unsafe_offset(i % 8 // 4 * half + i // 8 * 4 + i % 4)[].cast[DType.float64]()
         squares += rest * rest
     return sqrt(squares)
 
@@ -426,9 +427,14 @@ def pattern_search_abi_version() abi("C") -> Int:
 
 @export("pattern_search_scan")
 def pattern_search_scan(call: Pointer[Scan, MutUntrackedOrigin]) abi("C") -> Int:
-    """Fills found_rows, found_upper and found_counts; 1 when there was not room enough. The counts must hold zeros, the
-    thresholds LOWEST, the limits any lower bound of the k-th best score, such as LOWEST."""
+    """Fills found_rows, found_upper and found_counts; 1 when there was not room enough. Before the first of the calls that
+    share a search, `taken` must be 0 and all thresholds LOWEST."""
     ref scan = call[]
+    for query in range(scan.queries):
+        scan.limits.unsafe_offset(query)[] = LOWEST
+        scan.heap_sizes.unsafe_offset(query)[] = 0
+        scan.found_counts.unsafe_offset(query)[] = 0
+        scan.settled.unsafe_offset(query)[] = 0
     var groups = (scan.rows + GROUP - 1) // GROUP
     var tile = 4
     while True:

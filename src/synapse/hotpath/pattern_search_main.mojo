@@ -58,16 +58,16 @@ def plain_score(scan: Scan, row: Int) -> Int:
 def found_the_best(scan: Scan) -> Bool:
     """Whether fewer than K rows that were not found are better than the worst of the best K found."""
     var found = Int(scan.found_counts[])
-    var is_found = allocate(scan.last)
+    var is_found = allocate(scan.rows)
     for i in range(found):
         is_found.unsafe_offset(Int(scan.found_rows.unsafe_offset(i)[]))[] = 1
-    for row in range(scan.last):
+    for row in range(scan.rows):
         if is_found.unsafe_offset(row)[] == 0:
             var score, better = plain_score(scan, row), 0
             for i in range(found):
                 if plain_score(scan, Int(scan.found_rows.unsafe_offset(i)[])) > score:
                     better += 1
-            if better < min(K, scan.last):
+            if better < min(K, scan.rows):
                 return False
     return True
 
@@ -108,19 +108,16 @@ def check(rows: Int, dimensions: Int) -> Int32:
     var rounding = sqrt(Float32(lines * 8)) * 7.5  # a low half is at most 7.5 from the middle
     var room = padded + 1024
     var scan = Scan(
-        lines, 0, rows, 1, min(K, rows), room, 0, 1, 0, 0, high, low,
+        lines, rows, padded // GROUP, 1, min(K, rows), room, 0, 1, 0, 0, high, low,
         floats(padded, 7.5), floats(padded, 1), floats(padded, rounding), floats(padded, 0), floats(padded, 0),
         floats(1, 0), high, codes.unsafe_bitcast[Int8](), query,
-        floats(1, LOWEST), floats(1, LOWEST), floats(K, 0), integers(1), integers(room), integers(room),
+        allocate(8).unsafe_bitcast[Int64](), floats(1, LOWEST), floats(1, LOWEST), floats(K, 0), integers(1), integers(room), integers(room),
         floats(room, 0), integers(1), integers(1),
     )
     var best = Int.MAX
     for _ in range(SCANS):
-        scan.found_counts[] = 0
-        scan.settled[] = 0
-        scan.heap_sizes[] = 0
+        scan.taken[] = 0
         scan.thresholds[] = LOWEST
-        scan.limits[] = LOWEST
         var start = microseconds()
         _ = pattern_search_scan(Pointer(to=scan).unsafe_origin_cast[MutUntrackedOrigin]())
         best = min(best, microseconds() - start)
