@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check bench format clean
+.PHONY: setup demo test coverage check bench format clean
 
 setup: $(VENV)/.dev
 	@$(BIN)/synapse kernels build
@@ -25,6 +25,10 @@ demo: $(VENV)/.core
 	@$(BIN)/synapse demo
 
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# Apart from `test`: on Python 3.11 the tracer of coverage can hang beside the threads of greenlet.
+coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 check: $(VENV)/.dev
