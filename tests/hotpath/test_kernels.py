@@ -68,6 +68,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[KernelSpec, KernelB
 
 def altered(built: KernelBuild, folder: Path, content: bytes) -> KernelBuild:
     path = folder / "tiny.so"
+    path.unlink(missing_ok=True)  # the one before may be loaded, and must stay as it is until this process ends
     path.write_bytes(content)
     return replace(built, path=path)
 
@@ -101,6 +102,16 @@ def test_a_build_is_made_once_and_anew_when_its_source_changes(tmp_path: Path) -
     assert second.build_id != first.build_id
     assert second.path != first.path
     assert load_build(changed, second).tiny_double(4) == 8
+
+
+def test_an_imported_source_is_part_of_a_kernel(tmp_path: Path) -> None:
+    spec = tiny(tmp_path, "from tiny_parts import TWO\n" + SOURCE.replace("2 *", "TWO *"))
+    (tmp_path / "tiny_parts.mojo").write_text("comptime TWO = 2\n")
+    first = build_kernel(spec, tmp_path)
+    assert load_build(spec, first).tiny_double(4) == 8
+    (tmp_path / "tiny_parts.mojo").write_text("comptime TWO = 3\n")
+    with pytest.raises(KernelRefused, match="twice 21"):
+        build_kernel(spec, tmp_path)
 
 
 def test_what_a_build_depends_on_is_in_its_id(

@@ -1,6 +1,6 @@
 """Native kernels: compiled from Mojo for this CPU, kept in a cache, and checked before a call is made into them.
 
-A kernel is one Mojo source beside the Python module that specifies it. `build_kernel` compiles it into a library that
+A kernel is a Mojo source beside the Python module that specifies it. `build_kernel` compiles it into a library that
 needs nothing but libc, `find_build` finds a library that fits, `load_build` checks it and opens it. Kernels are for
 Linux; elsewhere, and without the compiler, the references answer.
 """
@@ -59,6 +59,7 @@ class KernelSpec:
 
     name: str
     source: Path
+    """What is compiled; files it imports are beside it, and their names begin with its own."""
     symbols: tuple[str, ...]
     """What the library must export, `<name>_abi_version` among it."""
     abi_version: int
@@ -258,12 +259,18 @@ def cpu() -> str:
     return "\n".join([platform.machine(), *(kept.get(name, "") for name in names)])
 
 
+def _source(spec: KernelSpec) -> bytes:
+    """Every file of the kernel: those whose names begin with that of its source."""
+    files = sorted(spec.source.parent.glob(f"{spec.source.stem}*.mojo"))
+    return b"\0".join(file.read_bytes() for file in files)
+
+
 def _key(spec: KernelSpec) -> str:
-    return _sha256(spec.source.read_bytes(), cpu().encode(), " ".join(FLAGS).encode())[:16]
+    return _sha256(_source(spec), cpu().encode(), " ".join(FLAGS).encode())[:16]
 
 
 def _cached(spec: KernelSpec, folder: Path, version: str) -> KernelBuild:
-    build_id = _sha256(spec.source.read_bytes(), version.encode(), cpu().encode(), " ".join(FLAGS).encode())
+    build_id = _sha256(_source(spec), version.encode(), cpu().encode(), " ".join(FLAGS).encode())
     return KernelBuild(spec.name, build_id, folder / f"{spec.name}-{_key(spec)}-{version}.so")
 
 

@@ -69,7 +69,7 @@ class ScanCall(ctypes.Structure):
 
 
 class PrepareCall(ctypes.Structure):
-    """The `Preparation` of pattern_search.mojo, likewise."""
+    """The `Preparation` of pattern_search_query.mojo, likewise."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("queries", "dimensions", "lines", "is_l2", "is_dot")),
@@ -223,6 +223,7 @@ class _Search:
         self._lock = threading.Lock()
         self._at_work = 0
         self._over = True
+        self._held: object = None
         self._ended: SimpleQueue[int | BaseException] = SimpleQueue()
 
     def _arrays(self, codes: Codes, call: int) -> list[int]:
@@ -238,6 +239,7 @@ class _Search:
 
     def run(self, view: View, queries: Float32s, mask: Bytes | None) -> list[Rows] | None:
         """The rows that could be among the nearest, for each query; None when there was not room for them."""
+        self._held = (view, queries, mask)  # for helpers that outlive a run that was interrupted
         self._prepare.vectors = address(queries)
         self._library.pattern_search_prepare(ctypes.byref(self._prepare))
         self._thresholds.fill(LOWEST)
@@ -254,6 +256,7 @@ class _Search:
             self._over = True  # a helper that has not begun has nothing left to do
             begun = self._at_work
         ended = [self._ended.get() for _ in range(begun)]
+        self._held = None
         for status in ended:
             if isinstance(status, BaseException):
                 raise status

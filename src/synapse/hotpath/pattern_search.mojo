@@ -14,10 +14,11 @@ Scores here are in the units of the codes (see `Query`): only their order matter
 
 from std.bit import count_trailing_zeros
 from std.atomic import Atomic
-from std.math import sqrt
 from std.memory import bitcast, pack_bits
 from std.sys import CompilationTarget, llvm_intrinsic
 from std.sys.intrinsics import prefetch
+
+from pattern_search_query import Codes, Floats, Preparation, Terms, prepare
 
 comptime ABI_VERSION = 1
 comptime GROUP = 16  # rows whose high halves lie interleaved
@@ -35,31 +36,11 @@ comptime LANES = WIDTH // 4  # rows of a register: four products add up in each 
 comptime PARTS = GROUP // LANES  # registers of a line
 
 comptime Bytes = Pointer[UInt8, MutUntrackedOrigin]
-comptime Codes = Pointer[Int8, MutUntrackedOrigin]
-comptime Floats = Pointer[Float32, MutUntrackedOrigin]
 comptime Ints = Pointer[Int32, MutUntrackedOrigin]
-comptime Doubles = Pointer[Float64, MutUntrackedOrigin]
-comptime Terms = Pointer[Query, MutUntrackedOrigin]
 comptime Sums = SIMD[DType.int32, LANES]
 comptime BIAS_ERROR = Float32(2.0**-18)  # `FLOAT32_SLACK`, for what is added beside the product
 comptime REFINED = Int32.MIN  # in found_dots: found_upper is of all eight bits
-comptime SCORE_SLACK = 2.0**-22  # as in pattern_codes.py, for this and the next
-comptime SCORE_UNDERFLOW = 2.0**-148
-comptime UNDERFLOW = 1e-30  # more than float32 arithmetic on codes loses at its lower end
-comptime MARGIN = 1 + 2.0**-20  # more than rounding to float32 takes away
 comptime LOWEST = Float32.MIN_FINITE
-
-
-@fieldwise_init
-struct Query(Copyable, Movable):
-    """What a query contributes to a score and to its bounds."""
-
-    var step: Float32  # of its own codes
-    var total: Float32  # step times the sum of its codes
-    var norm: Float32  # multiplies a row's error
-    var error: Float32  # multiplies a row's size
-    var slack: Float32  # is added to every bound
-    var bias: Float32  # multiplies a row's bias
 
 
 @fieldwise_init
@@ -97,22 +78,6 @@ struct Scan(Copyable, Movable):
     var found_upper: Floats
     var found_counts: Ints  # [queries]
     var settled: Ints  # [queries]: how many of the found were looked at
-
-
-@fieldwise_init
-struct Preparation(Copyable, Movable):
-    """One call of `prepare`. Every field is eight bytes, as in `pattern_native.PrepareCall`."""
-
-    var queries: Int
-    var dimensions: Int
-    var lines: Int
-    var is_l2: Int
-    var is_dot: Int
-    var unit: Float64
-    var vectors: Floats  # [queries, dimensions]
-    var centre: Doubles  # [dimensions]
-    var codes: Codes  # [queries, 2, lines * 4]
-    var terms: Terms  # [queries]
 
 
 @always_inline
@@ -363,61 +328,6 @@ def pattern_search_prepare(call: Pointer[Preparation, MutUntrackedOrigin]) abi("
     """Writes the codes and the terms of each query. Codes of dimensions that do not exist are left as they are."""
     for query in range(call[].queries):
         prepare(call[], query)
-
-
-def prepare(call: Preparation, query: Int):
-    """In float64: w is the query in the frame of the codes, step·ŵ what its own codes make of it."""
-    var q = call.vectors.unsafe_offset(query * call.dimensions)
-    var scale: Float64  # from the query, moved to the frame's origin, to w
-    var slack = Float64(UNDERFLOW)
-    var bias = Float64(1)
-    if call.is_l2 != 0:
-        var length = distance(call, q, 0, 0) / call.unit
-        bias = 1 / max(1.0, length)
-        scale = bias / call.unit
-        slack += SCORE_SLACK * length * length * bias + SCORE_UNDERFLOW * bias / (call.unit * call.unit)
-    else:
-        var length = distance(call, q, 0, 0)
-        scale = 1 / length if length > 0 else 1.0
-        slack += SCORE_UNDERFLOW / call.unit / (max(length, 1e-300) if call.is_dot != 0 else 1.0)
-    var largest = Float64(0)
-    for i in range(call.dimensions):
-        largest = max(largest, abs(component(call, q, i)) * scale)
-    var step = max(largest / 127, 1e-30).cast[DType.float32]()
-    var codes = call.codes.unsafe_offset(query * call.lines * 8)
-    var half = call.lines * 4
-    var total = 0
-    for i in range(call.dimensions):
-        var level = Int(round(component(call, q, i) * scale / step.cast[DType.float64]()).clamp(-127, 127))
-        codes.unsafe_offset(i % 8 // 4 * half + i // 8 * 4 + i % 4)[] = Int8(level)
-        total += level
-    ref terms = call.terms.unsafe_offset(query)[]
-    terms.step = step
-    terms.total = step * Float32(total)
-    terms.norm = (distance(call, q, 0, 0) * scale * MARGIN).cast[DType.float32]()
-    terms.error = (distance(call, q, query, step.cast[DType.float64]() / scale) * scale * MARGIN).cast[DType.float32]()
-    terms.slack = (min(slack, 1e30) * MARGIN).cast[DType.float32]()
-    terms.bias = bias.cast[DType.float32]()
-
-
-@always_inline
-def component(call: Preparation, q: Floats, i: Int) -> Float64:
-    """Of a query, moved to the frame's origin for l2; for a product that would add the same to every score."""
-    var value = q.unsafe_offset(i)[].cast[DType.float64]()
-    return value - call.centre.unsafe_offset(i)[] if call.is_l2 != 0 else value
-
-
-def distance(call: Preparation, q: Floats, query: Int, step: Float64) -> Float64:
-    """The length of a query less `step` times its codes, which are not looked at for a step of 0."""
-    var codes = call.codes.unsafe_offset(query * call.lines * 8)
-    var half = call.lines * 4
-    var squares = Float64(0)
-    for i in range(call.dimensions):
-        var rest = component(call, q, i)
-        if step != 0:
-            rest -= step * codes.unsafe_offset(i % 8 // 4 * half + i // 8 * 4 + i % 4)[].cast[DType.float64]()
-        squares += rest * rest
-    return sqrt(squares)
 
 
 @export("pattern_search_abi_version")

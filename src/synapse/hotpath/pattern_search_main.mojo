@@ -8,7 +8,8 @@ from std.ffi import external_call
 from std.math import sqrt
 from std.memory import bitcast
 
-from pattern_search import GROUP, LOWEST, Query, Scan, pattern_search_scan
+from pattern_search import GROUP, LOWEST, Scan, pattern_search_scan
+from pattern_search_query import Query
 
 comptime K = 10
 comptime SCANS = 20
