@@ -11,11 +11,14 @@ import pytest
 from openfeature import api
 
 from support.hotpath_kernels import compile_kernel, same, total
-from synapse.hotpath import HotPath, NativeSide, News, Plan, listen
+from support.postgres import database_url
+from synapse.hotpath import HotPath, NativeSide, News, Plan, listen, paths, watch
 from synapse.hotpath.entities import HotPathState, rollout_of
 from synapse.hotpath.rollout import STAGES, Rollout
 from synapse.hotpath.supervisor import Supervisor
 from synapse.store import Store, connect
+
+__all__ = ["database_url"]
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -61,8 +64,9 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., NativeSide
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    opened = await connect(f"sqlite+aiosqlite:///{tmp_path / 'hotpaths.db'}")
+async def store(database_url: str) -> AsyncIterator[Store]:
+    """A store on each kind of database."""
+    opened = await connect(database_url)
     yield opened
     await opened.close()
 
@@ -78,6 +82,27 @@ def world(store: Store, tmp_path: Path, free_choice: None) -> Iterator[World]:
     made = World(store, tmp_path)
     yield made
     made.supervisor.close()
+
+
+@pytest.fixture
+def no_watch() -> Iterator[None]:
+    """As in a process that has not called a hot path yet: what watches now is stopped, and what a test starts as well.
+
+    Two watches in one process would each take what the other's paths have counted.
+    """
+    end_watch()
+    yield
+    end_watch()
+
+
+def end_watch() -> None:
+    """Stop the watch of this process, also one that is just being started by a first call."""
+    if paths._starter is not None:
+        paths._starter.join()
+    running = watch.watch()
+    if running is not None:
+        running.stop()
+    paths._starter, watch._watch, watch._failed = None, None, False
 
 
 @pytest.fixture(autouse=True)

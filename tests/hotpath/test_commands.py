@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,22 @@ from synapse.commands import Context, find_command
 from synapse.config import Settings
 from synapse.errors import Conflict, InvalidInput, NotFound, SynapseError, Unavailable
 from synapse.hotpath import PATHS, HotPath, NativeSide, hotpath
-from synapse.hotpath.commands import Ranking, StatusList
-from synapse.hotpath.entities import HotPathEvent
-from synapse.hotpath.metrics import WINDOW
-from synapse.hotpath.rollout import BURN_IN_CALLS, Faults
+from synapse.hotpath.commands import Ranking, RankRow, StatusList
+from synapse.hotpath.entities import HotPathEvent, HotPathState, fields_of
+from synapse.hotpath.histogram import bucket_of
+from synapse.hotpath.metrics import WINDOW, Tally
+from synapse.hotpath.rollout import BURN_IN_CALLS, Faults, begin
 from synapse.hotpath.status import PathStatus
 from synapse.hotpath.status import status_of as status_in
-from synapse.hotpath.supervisor import Supervisor
+from synapse.hotpath.supervisor import Supervisor, utc_now
 from synapse.store import open_store
 
 pytestmark = pytest.mark.usefixtures("free_choice")
 
 
 @pytest.fixture
-async def context(tmp_path: Path) -> AsyncIterator[Context]:
-    async with Context(Settings(home=tmp_path / "home")) as opened:
+async def context(tmp_path: Path, database_url: str) -> AsyncIterator[Context]:
+    async with Context(Settings(home=tmp_path / "home", database_url=database_url)) as opened:
         yield opened
 
 
@@ -167,6 +169,24 @@ async def test_the_ranking_says_what_is_measured(context: Context) -> None:
     assert [row.name for row in ranking.items][:2] == ["event_bus", "mtf_ranker"]
     assert {row.gain_source for row in ranking.items} == {"declared"}
     assert all(row.implemented == (row.name in PATHS) for row in ranking.items)
+
+
+async def test_a_measured_gain_takes_the_place_of_the_declared_one_also_after_a_new_build(context: Context) -> None:
+    """The calls of `pattern_search` that both sides ran, of a build that is not the one of now."""
+    store = await context.get(open_store)
+
+    async def pattern_search() -> RankRow:
+        ranking = await run("rank", context)
+        return next(row for row in ranking.items if row.name == "pattern_search")
+
+    for build, calls, gain, source in [("first", 99, 13.1, "declared"), ("second", 100, 8.0, "measured")]:
+        fast, slow = {bucket_of(1_000_000): calls}, {bucket_of(8_000_000): calls}
+        tally = Tally(native=fast, reference=slow, paired_native=fast, paired_reference=slow)
+        rollout = replace(begin(utc_now()), totals=tally)
+        await store.create(HotPathState(name="pattern_search", build=build, **fields_of(rollout)))
+        row = await pattern_search()
+        assert (row.gain, row.gain_source) == (pytest.approx(gain, rel=0.04), source)
+        assert (row.frequency, row.frequency_source) == (100, "declared")
 
 
 async def test_the_times_of_status_are_those_of_the_window(world: World, kernel: Callable[..., NativeSide]) -> None:

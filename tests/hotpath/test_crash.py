@@ -53,8 +53,13 @@ pytestmark = pytest.mark.usefixtures("free_choice")
 class Program:
     """A process with one hot path, fed with numbers."""
 
-    def __init__(self, home: Path, library: Path) -> None:
-        environment = {**os.environ, "SYNAPSE_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    def __init__(self, settings: Settings, library: Path) -> None:
+        environment = {
+            **os.environ,
+            "SYNAPSE_HOME": str(settings.home),
+            "SYNAPSE_DATABASE_URL": settings.database_url,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(library)],
             env=environment,
@@ -88,8 +93,13 @@ class Program:
         return rest
 
 
-async def state_in(home: Path) -> HotPathState:
-    async with Context(Settings(home=home)) as context:
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    return Settings(home=tmp_path, database_url=database_url)
+
+
+async def state_in(settings: Settings) -> HotPathState:
+    async with Context(settings) as context:
         store = await context.get(open_store)
         (state,) = await store.list(HotPathState)
         return state
@@ -97,37 +107,39 @@ async def state_in(home: Path) -> HotPathState:
 
 @pytest.mark.slow
 async def test_a_crash_after_the_burn_in_costs_one_process_and_the_build_is_quarantined_at_the_next_start(
-    tmp_path: Path, kernel: Callable[..., NativeSide]
+    settings: Settings, kernel: Callable[..., NativeSide]
 ) -> None:
     library = kernel().find().library
-    first, second = Program(tmp_path, library), Program(tmp_path, library)
+    first, second = Program(settings, library), Program(settings, library)
     assert (first.call(5), second.call(6)) == (5, 6)
-    state = await state_in(tmp_path)
+    state = await state_in(settings)
     assert (state.stage, state.burn_in) == (1, 200), "it answers everything, in the process itself"
 
     first.send(CRASH)
     assert first.process.wait(30) == -signal.SIGSEGV
     assert second.call(7) == 7, "another process goes on"
 
-    third = Program(tmp_path, library)
+    third = Program(settings, library)
     said = "\n".join(third.log)
     assert "hotpath.quarantined" in said
     assert f"process {first.process.pid} died while it was running" in said
     assert third.call(CRASH) == CRASH, "the reference answers"
-    state = await state_in(tmp_path)
+    state = await state_in(settings)
     assert (state.mode, state.stage) == ("quarantined", 0)
 
     await asyncio.sleep(INTERVAL + 1)
     assert second.call(CRASH) == CRASH, "the other process has heard of it"
     for program in (second, third):
         program.end()
-    assert not list((tmp_path / "hotpath").glob("*.flight"))
+    assert not list((settings.home / "hotpath").glob("*.flight"))
 
 
-async def test_what_was_counted_is_kept_when_a_process_ends(tmp_path: Path, kernel: Callable[..., NativeSide]) -> None:
-    program = Program(tmp_path, kernel().find().library)
+async def test_what_was_counted_is_kept_when_a_process_ends(
+    settings: Settings, kernel: Callable[..., NativeSide]
+) -> None:
+    program = Program(settings, kernel().find().library)
     for number in range(10):
         program.call(number)
     program.end()
-    state = await state_in(tmp_path)
+    state = await state_in(settings)
     assert sum(calls for _, calls in state.totals.native) == 10

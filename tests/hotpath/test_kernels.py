@@ -2,61 +2,54 @@
 
 from __future__ import annotations
 
-import ctypes
+import importlib.resources
 import os
+import platform
+import re
 import stat
 import subprocess
 import sys
+import sysconfig
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from support import tiny_kernel
 from support.pattern_kernel import kernel_build
 from synapse.config import Settings
 from synapse.errors import Unavailable
 from synapse.hotpath import kernels
+from synapse.hotpath.compiler import BuildFailed, CompilerMissing, compile_source, find_compiler
+from synapse.hotpath.cpu import lacking_features
 from synapse.hotpath.elf import expected_machine, read_library
+from synapse.hotpath.kernel_checks import SEAL_BYTES, check_file
 from synapse.hotpath.kernels import (
-    BuildFailed,
-    CompilerMissing,
+    MODULES,
     KernelBuild,
     KernelRefused,
     KernelSpec,
     build_kernel,
     build_prebuilt,
     build_standalone,
-    check_file,
     find_build,
-    find_compiler,
     kernel_specs,
     load_build,
 )
 from synapse.hotpath.pattern_native import KERNEL
 
-SOURCE = """
-@export("tiny_abi_version")
-def tiny_abi_version() abi("C") -> Int:
-    return 1
-
-@export("tiny_double")
-def tiny_double(number: Int) abi("C") -> Int:
-    return 2 * number
-"""
+SOURCE = tiny_kernel.KERNEL.source.read_text()
+PARTS = tiny_kernel.KERNEL.source.with_name("tiny_parts.mojo").read_text()
+ROOT = Path(__file__).parents[2]
 
 
-def doubles(library: ctypes.CDLL) -> None:
-    library.tiny_double.restype = ctypes.c_int64
-    answer = library.tiny_double(21)
-    if answer != 42:
-        raise AssertionError(f"twice 21 is 42, not {answer}")
-
-
-def tiny(folder: Path, source: str = SOURCE) -> KernelSpec:
+def tiny(folder: Path, source: str = SOURCE, parts: str = PARTS) -> KernelSpec:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "tiny.mojo"
-    path.write_text(source)
-    return KernelSpec("tiny", path, ("tiny_abi_version", "tiny_double"), 1, doubles)
+    (folder / "tiny.mojo").write_text(source)
+    (folder / "tiny_parts.mojo").write_text(parts)
+    return replace(tiny_kernel.KERNEL, source=folder / "tiny.mojo")
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +60,48 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[KernelSpec, KernelB
 
 
 def altered(built: KernelBuild, folder: Path, content: bytes) -> KernelBuild:
+    """A prebuilt library, which may be without a checksum."""
     path = folder / "tiny.so"
     path.unlink(missing_ok=True)  # the one before may be loaded, and must stay as it is until this process ends
     path.write_bytes(content)
     return replace(built, path=path)
 
 
-def test_every_kernel_that_ships_has_its_source_and_builds_to_what_it_promises() -> None:
-    specs = kernel_specs()
-    assert specs == {"pattern_search": KERNEL}
-    library = load_build(KERNEL, kernel_build())
-    assert library.pattern_search_abi_version() == KERNEL.abi_version
-    assert KERNEL.main is not None
-    assert KERNEL.main.exists()
+def bare(built: KernelBuild) -> bytes:
+    """A library without the checksum at its end."""
+    return built.path.read_bytes()[:-SEAL_BYTES]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_that_ships_builds_to_what_it_promises(module: str, tmp_path: Path) -> None:
+    spec: KernelSpec = importlib.import_module(module).KERNEL
+    assert kernel_specs()[spec.name] is spec
+    assert f"{spec.name}_cpu_features" in spec.symbols
+    load_build(spec, kernel_build(spec), kernel_build(spec).path.parent)
+    assert spec.main is None or spec.main.exists()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_source_of_a_kernel_is_in_its_package_and_named_after_it(module: str) -> None:
+    """What is named so is part of the build's key, and what is in the package is in the wheel."""
+    spec: KernelSpec = importlib.import_module(module).KERNEL
+    package = importlib.resources.files(module.rpartition(".")[0])
+    waiting, seen = [spec.source.stem, *([spec.main.stem] if spec.main else [])], set[str]()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        assert name.startswith(spec.source.stem), f"{name}.mojo is not part of the key of {spec.name}"
+        text = package.joinpath(f"{name}.mojo").read_text()
+        imported = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
+        waiting += [other for other in imported if other != "std" and other not in seen]
+
+
+def test_the_wheel_is_all_of_the_package() -> None:
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel == {"packages": ["src/synapse"]}, "nothing is left out of it, except what git ignores"
+    sources = [str(path) for path in (ROOT / "src").rglob("*.mojo")]
+    ignored = subprocess.run(["git", "check-ignore", *sources], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ignored.returncode, ignored.stdout) == (1, ""), "1: none of them"
 
 
 def test_a_build_exports_its_symbols_and_needs_libc_only(built: tuple[KernelSpec, KernelBuild]) -> None:
@@ -97,7 +119,7 @@ def test_a_build_is_made_once_and_anew_when_its_source_changes(tmp_path: Path) -
     when = first.path.stat().st_mtime_ns
     assert build_kernel(spec, tmp_path) == first
     assert first.path.stat().st_mtime_ns == when
-    changed = tiny(tmp_path, SOURCE.replace("2 * number", "number + number"))
+    changed = tiny(tmp_path, SOURCE.replace("FACTOR * number", "number + number"))
     second = build_kernel(changed, tmp_path)
     assert second.build_id != first.build_id
     assert second.path != first.path
@@ -105,13 +127,33 @@ def test_a_build_is_made_once_and_anew_when_its_source_changes(tmp_path: Path) -
 
 
 def test_an_imported_source_is_part_of_a_kernel(tmp_path: Path) -> None:
-    spec = tiny(tmp_path, "from tiny_parts import TWO\n" + SOURCE.replace("2 *", "TWO *"))
-    (tmp_path / "tiny_parts.mojo").write_text("comptime TWO = 2\n")
-    first = build_kernel(spec, tmp_path)
-    assert load_build(spec, first).tiny_double(4) == 8
-    (tmp_path / "tiny_parts.mojo").write_text("comptime TWO = 3\n")
+    spec = tiny(tmp_path)
+    assert load_build(spec, build_kernel(spec, tmp_path)).tiny_double(4) == 8
+    tiny(tmp_path, parts=PARTS.replace("= 2", "= 3"))
     with pytest.raises(KernelRefused, match="twice 21"):
         build_kernel(spec, tmp_path)
+
+
+def test_a_library_that_was_altered_is_built_anew(tmp_path: Path) -> None:
+    spec = tiny(tmp_path)
+    build = build_kernel(spec, tmp_path)
+    content = build.path.read_bytes()
+    build.path.write_bytes(content[:100] + b"!" + content[101:])
+    with pytest.raises(KernelRefused, match="altered since it was built"):
+        load_build(spec, build, tmp_path)
+    assert build_kernel(spec, tmp_path) == build
+    assert load_build(spec, build, tmp_path).tiny_double(4) == 8
+
+
+def test_kernels_are_built_at_once_and_tested_apart(tmp_path: Path) -> None:
+    """Two threads, as `synapse kernels build` has; the self-test of one brings its process down."""
+    good, bad = tiny(tmp_path / "good"), tiny(tmp_path / "bad")
+    bad = replace(bad, self_test=tiny_kernel.dies)
+    with ThreadPoolExecutor(2) as pool:
+        well, ill = (pool.submit(build_kernel, spec, spec.source.parent) for spec in (good, bad))
+        assert load_build(good, well.result(), tmp_path).tiny_double(4) == 8
+        with pytest.raises(KernelRefused, match="crashed with SIGSEGV in its self-test"):
+            ill.result()
 
 
 def test_what_a_build_depends_on_is_in_its_id(
@@ -130,13 +172,12 @@ def test_processes_that_build_at_once_compile_once(tmp_path: Path) -> None:
     compiler.write_text(f'#!/bin/sh\n[ "$1" = build ] && echo x >> {log}\nexec {find_compiler()} "$@"\n')
     compiler.chmod(0o755)
     program = f"""
-import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+from dataclasses import replace
+from support.tiny_kernel import KERNEL
 from synapse.hotpath import kernels
 kernels.find_compiler = lambda: Path({str(compiler)!r})
-from test_kernels import doubles
-spec = kernels.KernelSpec("tiny", Path({str(tmp_path / "tiny.mojo")!r}), ("tiny_double",), 1, doubles)
+spec = replace(KERNEL, source=Path({str(tmp_path / "tiny.mojo")!r}))
 print(kernels.build_kernel(spec, Path({str(tmp_path)!r})).path)
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -150,7 +191,9 @@ print(kernels.build_kernel(spec, Path({str(tmp_path)!r})).path)
     assert [Path(path).exists() for path in paths] == [True]
     assert {path.name for path in tmp_path.iterdir()} == {
         "tiny.mojo",
+        "tiny_parts.mojo",
         "tiny.lock",
+        "passed",
         "log",
         "mojo",
         Path(paths.pop()).name,
@@ -159,12 +202,12 @@ print(kernels.build_kernel(spec, Path({str(tmp_path)!r})).path)
 
 def test_a_source_that_does_not_compile_fails_with_the_compilers_words(tmp_path: Path) -> None:
     with pytest.raises(BuildFailed, match="error:"):
-        build_kernel(tiny(tmp_path, SOURCE.replace("2 * number", "2 * nothing")), tmp_path)
+        build_kernel(tiny(tmp_path, SOURCE.replace("FACTOR * number", "FACTOR * nothing")), tmp_path)
     assert not list(tmp_path.glob("*.so"))
 
 
 def test_a_warning_fails_a_strict_build_only(tmp_path: Path) -> None:
-    spec = tiny(tmp_path, SOURCE.replace("    return 2", "    var unused = 3\n    return 2"))
+    spec = tiny(tmp_path, SOURCE.replace("    return FACTOR", "    var unused = 3\n    return FACTOR"))
     build_kernel(spec, tmp_path)
     with pytest.raises(BuildFailed, match="unused"):
         build_kernel(spec, tmp_path, strict=True)
@@ -173,7 +216,7 @@ def test_a_warning_fails_a_strict_build_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("2 * number", "3 * number"), "fails its self-test: twice 21 is 42, not 63"),
+        (("FACTOR * number", "3 * number"), "fails its self-test: twice 21 is 42, not 63"),
         (("return 1", "return 7"), "its ABI version is 7, and this Synapse needs 1"),
         (("tiny_double", "tiny_triple"), "does not export tiny_double"),
     ],
@@ -189,7 +232,7 @@ def test_a_build_that_is_not_what_it_must_be_never_reaches_the_cache(
 
 def test_a_library_cut_short_anywhere_is_refused(built: tuple[KernelSpec, KernelBuild], tmp_path: Path) -> None:
     spec, build = built
-    content = build.path.read_bytes()
+    content = bare(build)
     for length in (0, 3, 16, 63, 64, 500, len(content) // 2, len(content) - 1):
         with pytest.raises(KernelRefused):
             load_build(spec, altered(build, tmp_path, content[:length]))
@@ -211,7 +254,7 @@ def test_a_library_with_another_header_is_refused(
     built: tuple[KernelSpec, KernelBuild], tmp_path: Path, offset: int, value: bytes, reason: str
 ) -> None:
     spec, build = built
-    content = bytearray(build.path.read_bytes())
+    content = bytearray(bare(build))
     content[offset : offset + len(value)] = value
     with pytest.raises(KernelRefused, match=reason):
         load_build(spec, altered(build, tmp_path, bytes(content)))
@@ -219,7 +262,7 @@ def test_a_library_with_another_header_is_refused(
 
 def test_a_library_without_a_symbol_is_refused(built: tuple[KernelSpec, KernelBuild], tmp_path: Path) -> None:
     spec, build = built
-    content = build.path.read_bytes().replace(b"tiny_double\0", b"tiny_dribble"[:11] + b"\0")
+    content = bare(build).replace(b"tiny_double\0", b"tiny_dribble"[:11] + b"\0")
     with pytest.raises(KernelRefused, match="does not export tiny_double"):
         load_build(spec, altered(build, tmp_path, content))
 
@@ -262,7 +305,7 @@ def test_a_prebuilt_library_is_used_first_and_checked_the_same_way(
     assert found.path == tmp_path / "prebuilt" / "tiny.so"
     assert found.build_id != build.build_id
     assert load_build(spec, found).tiny_double(5) == 10
-    altered(build, tmp_path / "prebuilt", build.path.read_bytes()[:-100])
+    altered(build, tmp_path / "prebuilt", bare(build)[:-100])
     damaged = find_build(spec, settings)
     assert damaged is not None
     with pytest.raises(KernelRefused, match="cut short"):
@@ -273,7 +316,21 @@ def test_a_library_for_another_cpu_can_be_built(tmp_path: Path) -> None:
     oldest = {"x86_64": "x86-64-v2", "aarch64": "generic"}[os.uname().machine]
     build = build_prebuilt(KERNEL, tmp_path / "prebuilt", oldest)
     assert build.path == tmp_path / "prebuilt" / "pattern_search.so"
-    load_build(KERNEL, build)  # the portable code gives the same answers
+    library = load_build(KERNEL, build)  # the portable code gives the same answers
+    assert library.pattern_search_cpu_features() == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="for the processors of x86-64")
+@pytest.mark.parametrize(("target", "mask"), [("x86-64-v3", 0b0001), ("znver4", 0b1011)])
+def test_a_library_says_what_it_needs_of_the_cpu_and_is_refused_where_that_is_missing(
+    tmp_path: Path, target: str, mask: int
+) -> None:
+    build = build_prebuilt(KERNEL, tmp_path / "prebuilt", target)
+    if lacking_features(mask):
+        with pytest.raises(KernelRefused, match=f"compiled for a CPU with .*{lacking_features(mask)[0]}"):
+            load_build(KERNEL, build)
+    else:
+        assert load_build(KERNEL, build).pattern_search_cpu_features() == mask
 
 
 @pytest.mark.slow
@@ -285,11 +342,11 @@ def test_the_source_compiles_for_every_kind_of_processor(tmp_path: Path) -> None
     for triple, cpus in targets.items():
         for cpu in cpus:
             flags = ("--emit", "object", "-O3", "--Werror", "--target-triple", triple, "--target-cpu", cpu)
-            kernels.compile_source(find_compiler(), KERNEL.source, tmp_path / f"{cpu}.o", *flags)
+            compile_source(find_compiler(), KERNEL.source, tmp_path / f"{cpu}.o", *flags)
 
 
 def test_without_the_compiler_building_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CompilerMissing) as caught:
         build_kernel(KERNEL, tmp_path)

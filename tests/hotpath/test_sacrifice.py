@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +63,42 @@ def test_what_the_kernel_raises_is_passed_on_and_the_child_lives(child: Sacrific
     with pytest.raises(Raised, match="RuntimeError: the kernel failed"):
         child.call((values(RAISE),), {})
     assert child.call((values(2),), {})[0] == 2
+
+
+ORPHAN = """
+import sys
+from pathlib import Path
+from support.hotpath_kernels import HANG, bind_total, values
+from synapse.hotpath import sacrifice
+
+sacrifice.GRACE_SECONDS = 1.0
+child = sacrifice.Sacrifice(bind_total, Path(sys.argv[1]), call_seconds=1.0)
+child.start()
+print(child._process.pid, flush=True)
+child.call((values(HANG),), {})
+"""
+
+
+def test_a_child_that_hangs_ends_itself_when_its_parent_is_gone(kernel: Callable[..., NativeSide]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ORPHAN, str(kernel().find().library)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while runs(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not runs(child)
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there and not a zombie that nobody has asked about."""
+    status = Path(f"/proc/{process}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_child_killed_from_outside_blames_nobody(child: Sacrifice) -> None:

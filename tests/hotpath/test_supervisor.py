@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,10 +14,12 @@ from support.hotpath_kernels import CRASH, HANG, RAISE, bind_dies, bind_refuses,
 from synapse.errors import SynapseError, Unavailable
 from synapse.hotpath import FoundBuild, HotPath, NativeSide, News
 from synapse.hotpath.entities import HotPathEvent, HotPathState
-from synapse.hotpath.rollout import BURN_IN_CALLS, Faults
+from synapse.hotpath.metrics import Tally
+from synapse.hotpath.records import Subject, advance
+from synapse.hotpath.rollout import BURN_IN_CALLS, NO_FAULTS, Faults
 from synapse.hotpath.status import status_of
 from synapse.hotpath.supervisor import NO_BUILD
-from synapse.store import Store
+from synapse.store import Store, connect
 
 HOUR = timedelta(hours=1)
 SOME = [values(*range(i, i + 300)) for i in range(100)]
@@ -293,6 +296,22 @@ async def test_two_processes_move_one_rollout(world: World, kernel: Kernels, tmp
     await world.sync()
     assert paths[0].decision.why == "held: seen by the second"
     other.supervisor.close()
+
+
+async def test_processes_that_count_at_once_lose_nothing(world: World, kernel: Kernels, database_url: str) -> None:
+    path = world.add(kernel())
+    await world.sync()
+    subject = Subject(path.name, path.native.find().id, path.plan)
+    stores = [await connect(database_url) for _ in range(3)]
+
+    async def count(store: Store) -> None:
+        for bucket in range(5):
+            await advance(store, subject, Tally(reference={bucket: 1}), NO_FAULTS, world.now)
+
+    await asyncio.gather(*map(count, stores))
+    assert (await world.rollout()).totals.reference == dict.fromkeys(range(5), 3)
+    for store in stores:
+        await store.close()
 
 
 async def test_what_was_counted_is_kept_when_the_store_fails(

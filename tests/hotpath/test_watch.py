@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from hotpath.conftest import end_watch
 from support.hotpath_kernels import compile_kernel, same, total, values
 from synapse.commands import Context
-from synapse.config import Settings
-from synapse.hotpath import PATHS, HotPath, hotpath, paths, watch
+from synapse.config import Settings, load_settings
+from synapse.hotpath import PATHS, HotPath, hotpath, watch
 from synapse.hotpath.entities import HotPathState
 from synapse.hotpath.records import Subject, intervene
 from synapse.hotpath.rollout import promote
@@ -24,7 +24,7 @@ from synapse.hotpath.supervisor import utc_now
 from synapse.hotpath.watch import Watch, ensure_watched, open_hotpaths
 from synapse.store import open_store
 
-pytestmark = pytest.mark.usefixtures("free_choice")
+pytestmark = pytest.mark.usefixtures("free_choice", "no_watch")
 
 
 def started() -> Watch:
@@ -36,18 +36,6 @@ def started() -> Watch:
     return running
 
 
-@pytest.fixture(autouse=True)
-def _no_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a process that has not called a hot path yet; whatever a test starts is stopped."""
-    monkeypatch.setattr(watch, "_watch", None)
-    monkeypatch.setattr(watch, "_failed", False)
-    monkeypatch.setattr(paths, "_starting", threading.Lock())
-    yield
-    running = watch.watch()
-    if running is not None:
-        running.stop()
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[HotPath[..., Any]]:
     hotpath("total", kernel=compile_kernel(tmp_path), agrees=same)(total)
@@ -56,9 +44,12 @@ def path(tmp_path: Path) -> Iterator[HotPath[..., Any]]:
 
 
 @pytest.fixture
-async def context(tmp_path: Path) -> AsyncIterator[Context]:
-    async with Context(Settings(home=tmp_path / "home")) as opened:
+async def context(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Context]:
+    """With the settings that a first call finds."""
+    monkeypatch.setenv("SYNAPSE_DATABASE_URL", database_url)
+    async with Context(load_settings()) as opened:
         yield opened
+    await asyncio.to_thread(end_watch)  # before the database goes
 
 
 async def test_the_first_call_starts_the_watch_and_what_is_counted_reaches_the_store(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -84,6 +85,13 @@ def bind_total(library: Path) -> Callable[[NDArray[np.int64]], int]:
         return answer.value
 
     return call
+
+
+def bind_noting(library: Path) -> Callable[[NDArray[np.int64]], int]:
+    """The same, and a line for the process that opens it in a file beside the library."""
+    with library.with_suffix(".opened").open("a") as log:
+        log.write(f"{os.getpid()}\n")
+    return bind_total(library)
 
 
 def bind_dies(library: Path) -> Callable[[NDArray[np.int64]], int]:

@@ -10,23 +10,23 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from synapse.hotpath.kernels import KernelBuild, build_kernel, load_build
+from synapse.hotpath.kernels import KernelBuild, KernelSpec, build_kernel, load_build
 from synapse.hotpath.pattern_native import KERNEL, scan_native
 from synapse.hotpath.pattern_scan import Scan, scan_reference
 
 
 @cache
-def kernel_build() -> KernelBuild:
+def kernel_build(spec: KernelSpec = KERNEL) -> KernelBuild:
     """Compiled by the first run that needs it. `SYNAPSE_TEST_HOME` moves it out of the platform's cache folder."""
     home = Path(os.environ.get("SYNAPSE_TEST_HOME") or platformdirs.user_cache_path("synapse-tests"))
     folder = home / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
-    return build_kernel(KERNEL, folder)
+    return build_kernel(spec, folder)
 
 
 @cache
 def native_scan() -> Scan:
-    return partial(scan_native, load_build(KERNEL, kernel_build()))
+    return partial(scan_native, load_build(KERNEL, kernel_build(), kernel_build().path.parent))
 
 
 def scan_called(name: str) -> Scan:

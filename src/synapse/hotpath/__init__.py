@@ -6,7 +6,7 @@
 from synapse.hotpath.adapter import HotPath
 from synapse.hotpath.native import FoundBuild, NativeSide, python_forced
 from synapse.hotpath.news import News, listen
-from synapse.hotpath.paths import PATHS, hotpath
+from synapse.hotpath.paths import PATHS, Readiness, hotpath, ready
 from synapse.hotpath.rollout import STAGES, Plan, Stage
 
 __all__ = [
@@ -17,8 +17,10 @@ __all__ = [
     "NativeSide",
     "News",
     "Plan",
+    "Readiness",
     "Stage",
     "hotpath",
     "listen",
     "python_forced",
+    "ready",
 ]

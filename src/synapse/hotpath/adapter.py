@@ -63,7 +63,7 @@ class HotPath(Generic[P, R]):
         self._faults = NO_FAULTS
         self._lock = threading.Lock()
         self.last_error = ""
-        self.on_first_call: Callable[[], None] | None = None
+        self.on_first_call: Callable[[], object] | None = None
         self.lanes = Lanes()
         self._salt = crc32(name.encode())
         self._draw = draw

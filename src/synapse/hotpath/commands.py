@@ -13,18 +13,17 @@ from synapse.commands import Argument, Context, command
 from synapse.errors import InvalidInput, NotFound
 from synapse.hotpath import rollout as rollouts
 from synapse.hotpath.adapter import HotPath
-from synapse.hotpath.entities import rollout_of
-from synapse.hotpath.metrics import Tally
+from synapse.hotpath.entities import HotPathState, rollout_of
 from synapse.hotpath.news import tell
 from synapse.hotpath.paths import PATHS
-from synapse.hotpath.ranking import CANDIDATES, Source, rank
+from synapse.hotpath.ranking import CANDIDATES, Measured, Source, measured_frequency, measured_gain, rank
 from synapse.hotpath.records import Subject, intervene
 from synapse.hotpath.rollout import Plan, Rollout, Step
 from synapse.hotpath.status import PathStatus, current_state, status_of
 from synapse.hotpath.supervisor import utc_now
 from synapse.store import Store, open_store
 
-MODULES = ("synapse.hotpath.pattern_search",)
+MODULES = ("synapse.hotpath.pattern_search", "synapse.engines.native.transformer", "synapse.engines.native.linear")
 """The modules that have hot paths. Rooms above this one are named, not imported, until a command asks."""
 
 
@@ -140,12 +139,15 @@ async def show_ranking(params: Nothing, context: Context) -> Ranking:
     return Ranking(items=rows)
 
 
-async def _measured(store: Store, path: HotPath[..., Any]) -> tuple[Tally, float]:
-    """What was counted since the rollout of this machine's build began, and over how many seconds."""
+async def _measured(store: Store, path: HotPath[..., Any]) -> Measured:
+    """The gain of this machine's build, or of the newest one that was compared often enough; and calls a second."""
     _, _, state = await current_state(store, path)
-    if state is None:
-        return Tally(), 0.0
-    return rollout_of(state).totals, (utc_now() - state.began_at).total_seconds()
+    frequency = None
+    if state is not None:
+        frequency = measured_frequency(rollout_of(state).totals, (utc_now() - state.began_at).total_seconds())
+    builds = [state, *await store.list(HotPathState, {"name": path.name}, order_by="-created_at")]
+    gains = [measured_gain(rollout_of(build).totals) for build in builds if build is not None]
+    return Measured(next((gain for gain in gains if gain is not None), None), frequency)
 
 
 async def _move(

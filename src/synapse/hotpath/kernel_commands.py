@@ -18,9 +18,9 @@ from synapse.hotpath.kernels import (
     build_kernel,
     build_prebuilt,
     build_standalone,
+    check_build,
     find_build,
     kernel_specs,
-    load_build,
 )
 
 
@@ -111,13 +111,13 @@ async def list_kernels(params: ListKernels, context: Context) -> KernelRows:
 
 @command("kernels/verify", permission="read")
 async def verify(params: VerifyKernels, context: Context) -> KernelRows:
-    """Check the libraries in use: file, machine, symbols, ABI version, self-test. Fails at the first refused."""
+    """Check the libraries in use: checksum, machine, symbols, CPU, self-test. Fails at the first refused."""
     rows = []
     for spec in _specs(params.names):
         found = find_build(spec, context.settings)
         if found is None:
             raise NotFound(f"the kernel {spec.name} is not built", hint=f"synapse kernels build {spec.name}")
-        await asyncio.to_thread(load_build, spec, found)
+        await asyncio.to_thread(check_build, spec, found, context.settings.folder(FOLDER))
         rows.append(_row(found, "verified"))
     return KernelRows(items=rows)
 

@@ -7,76 +7,38 @@ Linux; elsewhere, and without the compiler, the references answer.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib
 import os
-import platform
 import shutil
-import subprocess
-import sysconfig
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
 
 from synapse.config import Settings
-from synapse.errors import Corrupt, InternalError, Unavailable
-from synapse.hotpath.elf import expected_machine, read_library
+from synapse.errors import Unavailable
+from synapse.hotpath.compiler import FLAGS, compile_source, compiler_version, find_compiler, run_tool
+from synapse.hotpath.cpu import cpu
+from synapse.hotpath.kernel_checks import FOLDER, KernelRefused, check_build, check_file, is_intact, load_build, seal
+from synapse.hotpath.kernel_spec import KernelBuild, KernelSpec
 
-MODULES = ("synapse.hotpath.pattern_native",)
-"""Each has one `KERNEL`."""
-FLAGS = ("--emit", "shared-lib", "-O3")
-FOLDER = "kernels"
-"""The cache's folder in the home."""
-COMPILE_SECONDS = 300
+__all__ = [
+    "FOLDER",
+    "KernelBuild",
+    "KernelRefused",
+    "KernelSpec",
+    "build_kernel",
+    "build_prebuilt",
+    "build_standalone",
+    "check_build",
+    "find_build",
+    "kernel_specs",
+    "load_build",
+]
 
-
-class CompilerMissing(Unavailable):
-    """There is nothing to compile Mojo with."""
-
-    code = "compiler_missing"
-
-
-class BuildFailed(InternalError):
-    """The compiler did not accept a kernel's source."""
-
-    code = "kernel_build_failed"
-
-
-class KernelRefused(Corrupt):
-    """A library is not what its kernel must be; no call was made into it, except of its version and its self-test."""
-
-    code = "kernel_refused"
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """A kernel that ships with Synapse."""
-
-    name: str
-    source: Path
-    """What is compiled; files it imports are beside it, and their names begin with its own."""
-    symbols: tuple[str, ...]
-    """What the library must export, `<name>_abi_version` among it."""
-    abi_version: int
-    self_test: Callable[[ctypes.CDLL], None]
-    """Calls the library on a small example and raises on a wrong answer; declares the result types."""
-    main: Path | None = None
-    """A Mojo source that exports `<name>_main(argc, argv)`, for a kernel that can be a program of its own."""
-
-
-@dataclass(frozen=True)
-class KernelBuild:
-    """A library on disk, not yet checked."""
-
-    name: str
-    build_id: str
-    """Hexadecimal sha256 over source, compiler, CPU and flags; of the file itself for a prebuilt one."""
-    path: Path
+MODULES = ("synapse.hotpath.pattern_native", "synapse.engines.native.kernel")
+"""Each has one `KERNEL`. Rooms above this one are named, not imported, until somebody asks for the kernels."""
 
 
 def kernel_specs() -> dict[str, KernelSpec]:
@@ -86,10 +48,10 @@ def kernel_specs() -> dict[str, KernelSpec]:
 
 
 def build_kernel(spec: KernelSpec, folder: Path, *, strict: bool = False) -> KernelBuild:
-    """Compile a kernel for this CPU into the cache, unless it is there.
+    """Compile a kernel for this CPU into the cache, unless it is there as it was built.
 
     Two processes that build the same kernel at once wait for each other, and a library appears in the cache only when
-    it is complete and has passed every check of `load_build`.
+    it is complete and has passed every check of `check_build`.
 
     Args:
         folder: the cache.
@@ -98,16 +60,17 @@ def build_kernel(spec: KernelSpec, folder: Path, *, strict: bool = False) -> Ker
     Raises:
         CompilerMissing: `mojo` is not installed.
         BuildFailed: the compiler refused the source.
-        KernelRefused: the new library does not pass its checks.
+        KernelRefused, Unavailable: the new library does not pass its checks, or they could not be made.
     """
     compiler = find_compiler()
     build = _cached(spec, folder, compiler_version(compiler))
     with FileLock(folder / f"{spec.name}.lock"):
-        if strict or not build.path.exists():
+        if strict or not is_intact(build.path):
             with tempfile.TemporaryDirectory(dir=folder, prefix=f".{spec.name}-") as scratch:
                 library = Path(scratch) / build.path.name
                 compile_source(compiler, spec.source, library, *FLAGS, *(["--Werror"] if strict else []))
-                load_build(spec, KernelBuild(spec.name, build.build_id, library))
+                seal(library)
+                check_build(spec, KernelBuild(spec.name, build.build_id, library), folder)
                 library.replace(build.path)
     return build
 
@@ -125,6 +88,7 @@ def build_prebuilt(spec: KernelSpec, folder: Path, cpu: str) -> KernelBuild:
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{spec.name}-") as scratch:
         library = Path(scratch) / f"{spec.name}.so"
         compile_source(compiler, spec.source, library, *FLAGS, "--target-cpu", cpu)
+        seal(library)
         check_file(spec, library)
         library.replace(folder / library.name)
     return _prebuilt(spec, folder / f"{spec.name}.so")
@@ -138,54 +102,13 @@ def find_build(spec: KernelSpec, settings: Settings) -> KernelBuild | None:
     prebuilt = os.environ.get("SYNAPSE_KERNEL_PATH")
     if prebuilt:
         path = Path(prebuilt).expanduser() / f"{spec.name}.so"
-        if path.exists():
+        if path.is_file():
             return _prebuilt(spec, path)
     folder = settings.home / FOLDER
     fitting = sorted(folder.glob(f"{spec.name}-{_key(spec)}-*.so"), key=lambda path: path.stat().st_mtime)
     if not fitting:
         return None
     return _cached(spec, folder, fitting[-1].stem.rpartition("-")[2])
-
-
-def load_build(spec: KernelSpec, build: KernelBuild) -> ctypes.CDLL:
-    """Check a library and open it. Calls through it release the interpreter lock.
-
-    Raises:
-        KernelRefused: it is damaged, for another machine, lacks a symbol, has another ABI version, or fails its
-            self-test.
-    """
-    check_file(spec, build.path)
-    try:
-        library = ctypes.CDLL(str(build.path.absolute()))
-    except OSError as error:
-        raise _refused(spec, build.path, f"the loader does not accept it: {error}") from error
-    version = library[f"{spec.name}_abi_version"]
-    version.restype = ctypes.c_int64
-    found = version()
-    if found != spec.abi_version:
-        raise _refused(spec, build.path, f"its ABI version is {found}, and this Synapse needs {spec.abi_version}")
-    try:
-        spec.self_test(library)
-    except Exception as error:
-        raise _refused(spec, build.path, f"it fails its self-test: {error}") from error
-    return library
-
-
-def check_file(spec: KernelSpec, path: Path) -> None:
-    """Check what can be read from a library without loading it.
-
-    Raises:
-        KernelRefused: it is damaged, for another machine, or lacks a symbol.
-    """
-    try:
-        library = read_library(path)
-    except Corrupt as error:
-        raise _refused(spec, path, error.message) from error
-    if library.machine != expected_machine():
-        raise _refused(spec, path, f"it is for ELF machine {library.machine}, and this is {platform.machine()}")
-    missing = [symbol for symbol in spec.symbols if symbol not in library.symbols]
-    if missing:
-        raise _refused(spec, path, f"it does not export {', '.join(missing)}")
 
 
 def build_standalone(spec: KernelSpec, target: Path) -> Path:
@@ -205,58 +128,12 @@ def build_standalone(spec: KernelSpec, target: Path) -> Path:
         code, program = Path(scratch) / "main.o", Path(scratch) / "program"
         compile_source(compiler, spec.main, code, "--emit", "object", "-O3")
         entry = f"-Wl,--gc-sections,--defsym=main={spec.name}_main"
-        _run([linker, str(code), "-o", str(program), entry, "-lm"], spec.main)
+        run_tool([linker, str(code), "-o", str(program), entry, "-lm"], spec.main)
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copy2(program, unfinished)
         unfinished.replace(target)
     return target
-
-
-def find_compiler() -> Path:
-    """The `mojo` of this environment, or else of the PATH.
-
-    Raises:
-        CompilerMissing: there is none.
-    """
-    own = Path(sysconfig.get_path("scripts")) / "mojo"
-    found = str(own) if own.exists() else shutil.which("mojo")
-    if found is None:
-        raise CompilerMissing(
-            "the Mojo compiler is not installed, so no kernel can be built; everything works without, only slower",
-            hint="pip install 'synapse[native]'",
-        )
-    return Path(found)
-
-
-@cache
-def compiler_version(compiler: Path) -> str:
-    """Its version and revision, such as ``1.2.0.2016d0cd``.
-
-    Raises:
-        BuildFailed: it does not run.
-    """
-    words = _run([str(compiler), "--version"], compiler).split()
-    return ".".join(word.strip("()") for word in words[1:3])
-
-
-def compile_source(compiler: Path, source: Path, target: Path, *flags: str) -> None:
-    """Run the compiler.
-
-    Raises:
-        BuildFailed: it refused the source, or took too long.
-    """
-    _run([str(compiler), "build", *flags, str(source), "-o", str(target)], source)
-
-
-@cache
-def cpu() -> str:
-    """What code compiled for this CPU depends on: the architecture, and the model and features where Linux tells."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    kept = {name.strip(): value.strip() for name, value in facts.items()}
-    names = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features")
-    return "\n".join([platform.machine(), *(kept.get(name, "") for name in names)])
 
 
 def _source(spec: KernelSpec) -> bytes:
@@ -275,7 +152,7 @@ def _cached(spec: KernelSpec, folder: Path, version: str) -> KernelBuild:
 
 
 def _prebuilt(spec: KernelSpec, path: Path) -> KernelBuild:
-    return KernelBuild(spec.name, _sha256(path.read_bytes()), path)
+    return KernelBuild(spec.name, hashlib.sha256(path.read_bytes()).hexdigest(), path)
 
 
 def _sha256(*parts: bytes) -> str:
@@ -283,23 +160,3 @@ def _sha256(*parts: bytes) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
-
-
-def _run(command: list[str], source: Path) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)  # noqa: S603
-    except subprocess.TimeoutExpired as error:
-        raise BuildFailed(f"{command[0]} did not finish with {source} in {COMPILE_SECONDS} s") from error
-    if done.returncode:
-        raise BuildFailed(
-            f"{command[0]} failed with {source}:\n{done.stderr.strip()[-4000:]}",
-            hint="the compiler must be the version that `pip install 'synapse[native]'` installs",
-        )
-    return done.stdout
-
-
-def _refused(spec: KernelSpec, path: Path, reason: str) -> KernelRefused:
-    return KernelRefused(
-        f"the library {path} of the kernel {spec.name} is refused: {reason}",
-        hint=f"build it anew with `synapse kernels build {spec.name}`",
-    )

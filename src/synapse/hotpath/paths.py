@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from synapse.errors import NotFound, TimedOut
 from synapse.hotpath.adapter import HotPath
-from synapse.hotpath.native import NativeSide
+from synapse.hotpath.native import NativeSide, python_forced
 from synapse.hotpath.rollout import STAGES, Plan
+
+if TYPE_CHECKING:
+    from synapse.hotpath.watch import Watch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,25 +61,77 @@ def hotpath(
     return tie
 
 
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Who answers a hot path in this process, as of now.
+
+    Attributes:
+        native: whether the kernel does, in this process: every call, or the share of its stage.
+        why: the name of the stage, or why the reference answers.
+    """
+
+    native: bool
+    why: str
+
+
+def ready(name: str, timeout: float = 30.0) -> Readiness:
+    """Wait until it is decided who answers a hot path, so that the kernel answers from the first call on if it may.
+
+    Without this a process decides in the background from its first call on, and the reference answers meanwhile. A
+    build that the store knows takes a fraction of a second, most of it imports; a new one goes through its declared
+    burn-in first. All hot paths of the process are decided. It blocks: in a coroutine, use `asyncio.to_thread`.
+
+    Args:
+        timeout: seconds to wait. It goes on in the background after them, so 0 begins early what a later call awaits.
+
+    Raises:
+        NotFound: there is no such hot path in this process.
+    """
+    if name not in PATHS:
+        raise NotFound(f"there is no hot path {name!r:.60} in this process", hint="import the module that has it")
+    if python_forced():
+        return Readiness(False, "Python is forced")
+    late = Readiness(False, f"it was not decided in {timeout:.3g} seconds")
+    deadline = time.monotonic() + timeout
+    starter = _supervise()
+    starter.join(timeout)
+    if starter.is_alive():
+        return late
+    running = _start_watch()
+    if running is None:
+        return Readiness(False, "nothing watches the hot paths of this process; its log says why")
+    try:
+        running.refresh(max(0.0, deadline - time.monotonic()))
+    except TimedOut:
+        return late
+    decision = PATHS[name].decision
+    native = decision.native is not None and decision.child is None and decision.below > 0
+    return Readiness(native, decision.why if native else running.complaint or decision.why)
+
+
 _starting = threading.Lock()
-"""Held from the first call of any hot path on."""
+_starter: threading.Thread | None = None
 
 
-def _supervise() -> None:
+def _supervise() -> threading.Thread:
     """Start the watch of this process once, in a thread: the first call does not wait for the imports of a database."""
-    if _starting.acquire(blocking=False):
-        threading.Thread(target=_start_watch, name="synapse-hotpath-start", daemon=True).start()
+    global _starter  # noqa: PLW0603 (one a process)
+    with _starting:
+        if _starter is None:
+            _starter = threading.Thread(target=_start_watch, name="synapse-hotpath-start", daemon=True)
+            _starter.start()
+        return _starter
 
 
-def _start_watch() -> None:
+def _start_watch() -> Watch | None:
     from synapse.hotpath.watch import ensure_watched  # noqa: PLC0415 (see above)
 
-    ensure_watched()
+    return ensure_watched()
 
 
 def _after_fork() -> None:
-    global _starting  # noqa: PLW0603 (the thread stayed with the parent)
-    _starting = threading.Lock()
+    global _starting, _starter
+    _starting, _starter = threading.Lock(), None
 
 
 if hasattr(os, "register_at_fork"):

@@ -84,13 +84,18 @@ def address(array: NDArray[Any]) -> int:
     return pointer
 
 
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes what the kernel's functions return."""
+    library.pattern_search_prepare.restype = None
+    library.pattern_search_scan.restype = ctypes.c_int64
+
+
 def self_test(library: ctypes.CDLL) -> None:
     """Compare the kernel with the reference on small indexes of every metric.
 
     Raises:
         AssertionError: the answers differ.
     """
-    library.pattern_search_scan.restype = ctypes.c_int64
     for view, queries, k, mask in examples():
         if not agrees(scan_native(library, view, queries, k, mask), scan_reference(view, queries, k, mask)):
             raise AssertionError(f"another answer than the reference with {view.metric}, {view.count} rows")
@@ -128,7 +133,7 @@ def bind(path: Path) -> Scan:
     """The native scan from a library.
 
     Raises:
-        KernelRefused: it does not pass its checks.
+        KernelRefused, Unavailable: it does not pass its checks, or they could not be made.
     """
     return partial(scan_native, load_build(KERNEL, KernelBuild(KERNEL.name, "", path)))
 
@@ -136,9 +141,10 @@ def bind(path: Path) -> Scan:
 KERNEL = KernelSpec(
     name="pattern_search",
     source=Path(__file__).with_name("pattern_search.mojo"),
-    symbols=("pattern_search_abi_version", "pattern_search_prepare", "pattern_search_scan"),
+    symbols=tuple(f"pattern_search_{name}" for name in ("abi_version", "cpu_features", "prepare", "scan")),
     abi_version=1,
     self_test=self_test,
+    declare=declare,
     main=Path(__file__).with_name("pattern_search_main.mojo"),
 )
 

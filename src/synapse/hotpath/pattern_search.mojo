@@ -35,6 +35,13 @@ comptime WIDTH = 64 if HAS_VNNI_512 else (32 if CompilationTarget.has_avx2() els
 comptime LANES = WIDTH // 4  # rows of a register: four products add up in each 32-bit lane
 comptime PARTS = GROUP // LANES  # registers of a line
 
+# By bit, as `FEATURES` in cpu.py: what the CPU must have for whatever the compiler makes of this file.
+comptime NEEDS_AVX2 = Int(CompilationTarget.has_avx2())
+comptime NEEDS_VNNI_512 = Int(HAS_VNNI_512)
+comptime NEEDS_DOT_PRODUCTS = Int(CompilationTarget.has_neon_int8_dotprod())
+comptime NEEDS_AVX512 = Int(CompilationTarget.has_avx512f())
+comptime CPU_FEATURES = NEEDS_AVX2 | NEEDS_VNNI_512 << 1 | NEEDS_DOT_PRODUCTS << 2 | NEEDS_AVX512 << 3
+
 comptime Bytes = Pointer[UInt8, MutUntrackedOrigin]
 comptime Ints = Pointer[Int32, MutUntrackedOrigin]
 comptime Sums = SIMD[DType.int32, LANES]
@@ -333,6 +340,11 @@ def pattern_search_prepare(call: Pointer[Preparation, MutUntrackedOrigin]) abi("
 @export("pattern_search_abi_version")
 def pattern_search_abi_version() abi("C") -> Int:
     return ABI_VERSION
+
+
+@export("pattern_search_cpu_features")
+def pattern_search_cpu_features() abi("C") -> Int:
+    return CPU_FEATURES
 
 
 @export("pattern_search_scan")

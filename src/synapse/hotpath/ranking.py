@@ -1,6 +1,6 @@
 """Which path is worth a kernel next: score = gain x frequency / (complexity x risk).
 
-Gain and frequency are measured where the path runs already, and declared until then; a ranking says which is which.
+Gain and frequency are measured where the path runs already, and declared until then; each row says which it is.
 Complexity and risk are always declared: they are judgements about work that is still to be done.
 """
 
@@ -48,7 +48,18 @@ CANDIDATES = (
     Candidate("mtf_ranker", 50, 100, Level.low, Level.low, "move-to-front ranks of the compression pipeline"),
     Candidate("embeddings", 100, 10, Level.high, Level.high, "BGE-M3 class embedding models"),
 )
-"""Gains and frequencies of the pilot's plan, until they are measured here."""
+"""Gains and frequencies of the pilot's plan. None of them was measured here; what is takes their place in a ranking."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is known of a path that runs: times faster, and calls a second. None where that is not enough to say."""
+
+    gain: float | None = None
+    frequency: float | None = None
+
+
+NOTHING_MEASURED = Measured()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +74,12 @@ class Ranked:
     frequency_source: Source
 
 
-def rank(candidates: tuple[Candidate, ...], measured: Mapping[str, tuple[Tally, float]]) -> list[Ranked]:
-    """The candidates, highest score first.
-
-    Args:
-        measured: by name, what was counted in all, and over how many seconds.
-    """
+def rank(candidates: tuple[Candidate, ...], measured: Mapping[str, Measured]) -> list[Ranked]:
+    """The candidates, highest score first. `measured` is by name."""
     ranked = []
     for candidate in candidates:
-        tally, seconds = measured.get(candidate.name, (Tally(), 0.0))
-        gain, frequency = measured_gain(tally), measured_frequency(tally, seconds)
+        found = measured.get(candidate.name, NOTHING_MEASURED)
+        gain, frequency = found.gain, found.frequency
         used_gain = candidate.gain if gain is None else gain
         used_frequency = candidate.frequency if frequency is None else frequency
         ranked.append(

@@ -1,7 +1,8 @@
-"""The process in which a new build answers its first calls, so that a crash or an endless loop costs nothing else.
+"""The process in which a new build is tested and answers its first calls: a crash or endless loop costs nothing else.
 
 The child is a new interpreter (no fork: that would copy the locks of other threads) with two inherited descriptors: a
-socket for messages and the block of memory for arrays. It ends when the socket does, so it never outlives its parent.
+socket for messages and the block of memory for arrays. It ends when the socket does, and an alarm ends one whose kernel
+does not come back, so it never outlives its parent for long.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from synapse.hotpath.shared_block import SharedBlock
 LARGEST_CALL = 256 * 2**20
 """Bytes of arguments that are copied to the child; larger calls are left to the reference while the burn-in lasts."""
 CALL_SECONDS = 30.0
-START_SECONDS = 60.0
-PROGRAM = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
+START_SECONDS = 120.0
+GRACE_SECONDS = 10.0
+"""So long after its parent should have ended it, the child ends itself."""
+PROGRAM = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
 FAULTS = frozenset(
     getattr(signal, name) for name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT", "SIGTRAP", "SIGSYS")
 )
@@ -82,19 +85,25 @@ class Sacrifice:
             ours, theirs = Pipe()
             self._pipe, self._block = ours, SharedBlock()
             try:
+                files = (theirs.fileno(), self._block.descriptor)
                 self._process = subprocess.Popen(  # noqa: S603 (our own module)
-                    [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno()), str(self._block.descriptor)],
-                    pass_fds=(theirs.fileno(), self._block.descriptor),
+                    [sys.executable, "-P", "-c", PROGRAM, *map(str, files), str(self._call_seconds + GRACE_SECONDS)],
+                    pass_fds=files,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)},
                 )
             except OSError as error:
                 self._close()
-                raise Lost(f"no process for the burn-in could be started: {error.strerror}") from error
+                raise Lost(f"no process could be started for it: {error.strerror}") from error
             finally:
                 theirs.close()
-            ours.send((self._bind, self._library))
+            try:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # found by the read that follows
+                    ours.send((self._bind, self._library))
+            except Exception as error:  # pickling, as in `call`
+                self._close()
+                raise Unusable(f"what opens it cannot be sent to another process: {error}") from error
             kind, text = self._receive(START_SECONDS)
             if kind != "ready":
                 self._close()
@@ -159,8 +168,8 @@ class Sacrifice:
             if self._interrupted:
                 raise NotSent("the child was ended with its parent") from None
             if -code in FAULTS:
-                raise Crashed(f"it brought its process down with {signal.Signals(-code).name}") from None
-            raise Lost(f"the process of the burn-in ended with {code}") from None
+                raise Crashed(f"it crashed with {signal.Signals(-code).name}") from None
+            raise Lost(f"its process ended with {code}") from None
         self._close()
         raise Crashed(f"it did not answer in {seconds:.3g} seconds")
 
@@ -177,7 +186,7 @@ class Sacrifice:
             process.wait()
 
 
-def serve(socket: int, block: int) -> None:
+def serve(socket: int, block: int, longest_call: float) -> None:
     """The child: open the build, then answer calls until the parent closes the socket."""
     import resource  # noqa: PLC0415 (POSIX only, as the whole child)
 
@@ -185,6 +194,7 @@ def serve(socket: int, block: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the socket
     pipe = Connection(socket)
     shared = SharedBlock(block)
+    signal.setitimer(signal.ITIMER_REAL, START_SECONDS + GRACE_SECONDS)
     try:
         bind, library = pipe.recv()
         native = bind(library)
@@ -194,7 +204,9 @@ def serve(socket: int, block: int) -> None:
     pipe.send(("ready", ""))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # between two calls it waits as long as its parent lives
             args, kwargs = shared.unpack(pipe.recv())
+            signal.setitimer(signal.ITIMER_REAL, longest_call)
             start = time.perf_counter_ns()
             try:
                 answer = native(*args, **kwargs)

@@ -24,7 +24,11 @@ LAST_SECONDS = 5.0
 
 
 class Watch:
-    """A daemon thread with an event loop and a connection to the store of its own."""
+    """A daemon thread with an event loop and a connection to the store of its own.
+
+    Attributes:
+        complaint: why the store cannot be used at present; empty when it can.
+    """
 
     def __init__(self, settings: Settings, *, interval: float = INTERVAL) -> None:
         """Start watching.
@@ -41,7 +45,7 @@ class Watch:
         self._served = threading.Condition()
         self._asked = 0
         self._answered = 0
-        self._complaint = ""
+        self.complaint = ""
         self._looked = False
         self._thread = threading.Thread(target=self._watch, name="synapse-hotpath", daemon=True)
         self._thread.start()
@@ -92,7 +96,7 @@ class Watch:
         while not self._stopping:
             asked = self._asked
             await self.supervisor.sync(store)
-            self._complaint = ""
+            self.complaint = ""
             self._looked = True
             self._answer(asked)
             self._sleep()
@@ -111,8 +115,8 @@ class Watch:
 
     def _complain(self, message: str) -> None:
         """Say once that the store cannot be used. Nothing is lost: counts and decisions stay as they are meanwhile."""
-        if message != self._complaint:
-            self._complaint = message
+        if message != self.complaint:
+            self.complaint = message
             log.warning("hotpath.store_unavailable", message=message)
 
 
@@ -121,11 +125,9 @@ _watch: Watch | None = None
 _failed = False
 
 
-def ensure_watched() -> None:
-    """Start the watch of this process, unless it has one. When it cannot start, that is logged and Python answers."""
+def ensure_watched() -> Watch | None:
+    """The watch of this process, started if need be. When it cannot start, that is logged once and Python answers."""
     global _watch, _failed  # noqa: PLW0603 (one a process)
-    if _watch is not None or _failed:
-        return
     with _lock:
         if _watch is None and not _failed:
             try:
@@ -133,6 +135,7 @@ def ensure_watched() -> None:
             except (SynapseError, OSError) as error:
                 log.warning("hotpath.not_watched", message=str(error))
                 _failed = True
+        return _watch
 
 
 def watch() -> Watch | None:

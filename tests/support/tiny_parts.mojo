@@ -1,0 +1,3 @@
+"""What the tiny kernel imports."""
+
+comptime FACTOR = 2
