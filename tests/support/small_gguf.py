@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf.quants import quantize
 from numpy.typing import NDArray
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 32, 4, 2, 64
@@ -47,6 +48,13 @@ def small_tensors(vocab: int = 8) -> Tensors:
         "blk.0.ffn_down.weight": (HIDDEN, INTERMEDIATE),
     }
     return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def stored_as(type_: str, vocab: int = 8) -> dict[str, tuple[NDArray[Any], gguf.GGMLQuantizationType]]:
+    """The matrices of `small_tensors` in a type that `gguf` can quantise to."""
+    kind = gguf.GGMLQuantizationType[type_]
+    matrices = {name: values for name, values in small_tensors(vocab).items() if values.ndim == 2}
+    return {name: (quantize(values, kind), kind) for name, values in matrices.items()}
 
 
 def write_small_gguf(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, ReaderField
@@ -23,6 +24,8 @@ from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 """How weights may be stored. K-quantised files hold Q5_0 and Q5_1 where a row is no multiple of 256."""
+
+Scalar = TypeVar("Scalar", np.float32, np.uint8)
 
 VERSIONS = (2, 3)
 SMALLEST_FIELD = 13  # bytes: the length of an empty key, a type, one byte of value
@@ -143,22 +146,29 @@ class _Reader(GGUFReader):
 class ModelFile:
     """An open model: its configuration and metadata at hand, its weights read when asked for.
 
-    The file is memory-mapped, so it must not change while this object lives. Safe to use from several threads.
+    The file is memory-mapped, so it must not change while this object lives: the operating system kills a process
+    (SIGBUS) that reads a map beyond the end of a file which became shorter. Reading a weight looks first whether it
+    did, so only a file that shrinks in that moment does harm. Safe to use from several threads.
 
     Attributes:
         path: where the file is.
         config: what the model looks like.
         metadata: the GGUF key-value pairs as Python values.
+        shapes: the tensors that an engine needs, by name, matrices as (out, in).
+        types: how each is stored.
     """
 
     def __init__(self, path: Path, reader: _Reader) -> None:
         self.path = path
         self.metadata: Mapping[str, object] = {name: _value(field) for name, field in reader.fields.items()}
+        self._size = len(reader.data)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in self._tensors.items()}
         factors = self._plain("rope_freqs.weight").reshape(-1).tolist() if "rope_freqs.weight" in shapes else []
         self.config: ModelConfig = read_config(self.metadata, shapes, tuple(factors))
-        _check_tensors(self.config, shapes)
+        self.shapes: Mapping[str, tuple[int, ...]] = _expected_shapes(self.config)
+        _check_tensors(self.config, self.shapes, shapes)
+        self.types: Mapping[str, GGMLQuantizationType] = {name: self._tensors[name].tensor_type for name in self.shapes}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """A weight by its GGUF name, as a fresh C-contiguous float32 array, matrices as (out, in).
@@ -168,16 +178,22 @@ class ModelFile:
 
         Raises:
             NotFound: the model has no such tensor.
+            ModelFileCorrupt: the file has become shorter since it was opened.
         """
-        if name not in self._tensors:
-            raise NotFound(f"the model has no tensor {name!r}")
-        values = self._plain(name)
-        if self.config.architecture == "llama":
-            if ".attn_q." in name:
-                return _half_split(values, self.config.heads)
-            if ".attn_k." in name:
-                return _half_split(values, self.config.kv_heads)
-        return values
+        self._check(name)
+        return self._half_split(name, self._plain(name))
+
+    def stored(self, name: str) -> NDArray[np.uint8]:
+        """A matrix in blocks of its type, as the file has it: uint8[out, bytes of a row], with the rows as in `tensor`.
+
+        A view of the file unless rows had to be reordered.
+
+        Raises:
+            as `tensor`.
+        """
+        self._check(name)
+        tensor = self._tensors[name]
+        return self._half_split(name, np.asarray(tensor.data).view(np.uint8).reshape(int(tensor.shape[1]), -1))
 
     def weight(self, block: int, part: str) -> NDArray[np.float32]:
         """One of `PARTS` of a block; see `tensor`.
@@ -199,6 +215,26 @@ class ModelFile:
     def output(self) -> NDArray[np.float32]:
         """The output head, float32[vocab, hidden]: the embedding when the two are tied."""
         return self.embedding() if self.config.tied else self.tensor("output.weight")
+
+    def _check(self, name: str) -> None:
+        if name not in self._tensors:
+            raise NotFound(f"the model has no tensor {name!r}")
+        with suppress(FileNotFoundError):  # what was deleted stays whole while it is mapped
+            size = self.path.stat().st_size
+            if size < self._size:
+                raise ModelFileCorrupt(
+                    f"{self.path.name} had {self._size} bytes when it was opened, and now has {size}",
+                    hint="restore the file, and start again",
+                    path=str(self.path),
+                )
+
+    def _half_split(self, name: str, rows: NDArray[Scalar]) -> NDArray[Scalar]:
+        """Undo llama.cpp's interleaving of q and k: row 2i + j of a head goes back to row j * (head_dim / 2) + i."""
+        heads = {"attn_q": self.config.heads, "attn_k": self.config.kv_heads}.get(name.split(".")[-2])
+        if self.config.architecture != "llama" or heads is None:
+            return rows
+        by_pair = rows.reshape(heads, -1, 2, *rows.shape[1:])
+        return np.ascontiguousarray(by_pair.swapaxes(1, 2)).reshape(rows.shape)
 
     def _plain(self, name: str) -> NDArray[np.float32]:
         """The values in the order in which the file has them."""
@@ -262,15 +298,10 @@ def _value(field: ReaderField) -> object:
     return value
 
 
-def _half_split(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Undo llama.cpp's interleaving: row 2i + j of a head goes back to row j * (head_dim / 2) + i."""
-    by_pair = values.reshape(heads, -1, 2, *values.shape[1:])
-    return np.ascontiguousarray(by_pair.swapaxes(1, 2)).reshape(values.shape)
-
-
-def _check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(
+    config: ModelConfig, expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Every tensor the configuration needs is there with its shape, and none is left over."""
-    expected = _expected_shapes(config)
     for name, shape in expected.items():
         if name not in shapes:
             raise ModelFileCorrupt(f"the tensor {name} is missing")

@@ -1,0 +1,1 @@
+"""The native engine: packed weights, kernels, and what calls them."""

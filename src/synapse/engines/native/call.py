@@ -1,0 +1,296 @@
+"""What the kernel `engine` is given: the fields of `engine.mojo`'s structs, and the arrays they point to."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synapse.engines.kv_cache import BLOCK_TOKENS
+from synapse.engines.native.cache import HalfCache
+from synapse.engines.native.layers import GROUP, PackedLayer
+from synapse.engines.native.packed_file import PackedModel
+from synapse.engines.transformer import Chunk, StepLogits
+from synapse.models.config import PROJECTIONS
+from synapse.models.gguf_file import PARTS
+
+BEST = 64
+"""Most likely tokens that the kernel finds for every row."""
+BLOCK = 32
+QUERIES = 3
+"""Queries that share a look at the cache: `MOST_QUERIES` of engine_attention.mojo."""
+WHOLE, ONE_MAP = 0, 1
+"""What a step is to do."""
+PHASES = 13
+OTHER_PHASES = 4
+STEP_FIELDS = 64
+"""Room for the fields of `Step`."""
+KINDS = {"q4": 4, "q8": 8}
+LINE = 64
+"""Bytes that cores hand over at once: each flag has its own."""
+LANES = 8
+"""Numbers of a register in attention: heads have a multiple of them."""
+
+
+def address(array: NDArray[Any]) -> int:
+    """Where an array's first element is. The array must outlive its use."""
+    pointer: int = array.__array_interface__["data"][0]
+    return pointer
+
+
+def padded(number: int) -> int:
+    """The next multiple of 32."""
+    return -(-number // BLOCK) * BLOCK
+
+
+class ModelTable:
+    """The `Model` struct of a packed model, with everything it points to."""
+
+    def __init__(self, tensors: PackedModel, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
+        """A table that stays good for as long as the model is open.
+
+        Args:
+            cos, sin: of the angles of the rotary embedding, [context, dimensions / 2].
+        """
+        config = tensors.config
+        self.config = config
+        self._keep: list[object] = [tensors, cos, sin]
+        layers = np.array([self._block(tensors, index) for index in range(config.blocks)], np.int64)
+        self._keep.append(layers)
+        output = "token_embd.weight" if config.tied else "output.weight"
+        numbers = np.array([config.norm_eps, config.head_dim**-0.5], np.float64).view(np.int64)
+        self._fields = np.array(
+            [
+                *(config.blocks, config.hidden, config.heads, config.kv_heads, config.head_dim),
+                *(cos.shape[1], config.vocab, config.qk_norm, *numbers.tolist()),
+                *(address(cos), address(sin), self._vector(tensors, "output_norm.weight")),
+                *self._matrix(tensors, "token_embd.weight", None),
+                *self._matrix(tensors, output, None),
+                address(layers),
+            ],
+            np.int64,
+        )
+        self.address = address(self._fields)
+
+    def _block(self, tensors: PackedModel, index: int) -> list[int]:
+        config = self.config
+        name = {part: f"blk.{index}.{gguf}" for part, gguf in PARTS.items()}
+        fields = [self._vector(tensors, name[part]) for part in ("attention_norm", "ffn_norm")]
+        fields += [self._vector(tensors, name[part]) if config.qk_norm else 0 for part in ("q_norm", "k_norm")]
+        for projection in PROJECTIONS:
+            biased = config.qkv_bias and projection in ("q_proj", "k_proj", "v_proj")
+            fields += self._matrix(tensors, name[projection], name[f"{projection[0]}_bias"] if biased else None)
+        return fields
+
+    def _vector(self, tensors: PackedModel, name: str) -> int:
+        array = np.ascontiguousarray(tensors.array(name), np.float32)
+        self._keep.append(array)
+        return address(array)
+
+    def _matrix(self, tensors: PackedModel, name: str, bias: str | None) -> list[int]:
+        out, width = tensors.shape(name)
+        vector = 0
+        if bias is not None:
+            array = np.zeros(padded(out), np.float32)
+            array[:out] = tensors.array(bias)
+            self._keep.append(array)
+            vector = address(array)
+        records = tensors.array(name)
+        self._keep.append(records)
+        return [
+            *(address(records), KINDS[tensors.kind(name)]),
+            *(padded(out) // GROUP, padded(width) // BLOCK, vector, int(bias is not None)),
+        ]
+
+
+class Team:
+    """The threads that compute steps, and what they share. One of them is whoever calls `run`."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int, blocks: int) -> None:
+        self.threads = threads
+        self.library = library
+        flags = np.zeros((4, LINE // 4), np.int32)
+        step = np.zeros(STEP_FIELDS, np.int64)
+        phases = np.zeros((OTHER_PHASES + PHASES * blocks, LINE // 8), np.int64)
+        lines = [address(flags) + LINE * line for line in range(len(flags))]
+        pool = np.array([threads, *lines, address(step), address(phases)], np.int64)
+        self._shared = (pool, flags, step, phases)
+        self.address = address(pool)
+        self._helpers = [
+            threading.Thread(target=_serve, args=(library, self._shared, number), daemon=True)
+            for number in range(1, threads)
+        ]
+        for helper in self._helpers:
+            helper.start()
+        self._go_home = weakref.finalize(self, _stop, library, self.address, self._helpers)
+
+    def run(self, step: int) -> None:
+        """Compute the step whose struct is at this address."""
+        self.library.engine_step(step)
+
+    def close(self) -> None:
+        """Send the threads home and wait until they are."""
+        self._go_home()
+
+
+def _serve(library: ctypes.CDLL, shared: tuple[NDArray[Any], ...], number: int) -> None:
+    """A helper's life. It holds on to what the threads share."""
+    library.engine_serve(address(shared[0]), number)
+
+
+def _stop(library: ctypes.CDLL, pool: int, helpers: list[threading.Thread]) -> None:
+    if helpers:
+        library.engine_stop(pool)
+        for helper in helpers:
+            helper.join()
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The rows of a step that use one layer."""
+
+    layer: PackedLayer
+    rows: list[int]
+    weights: list[float]
+
+
+class Workspace:
+    """The scratch memory of steps: made once for so many rows, and again only when a step has more."""
+
+    def __init__(self, table: ModelTable, team: Team) -> None:
+        self._table = table
+        self._team = team
+        self._rows = self._wanted = self._pairs = self._scores = -1
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._scratch: list[int] = []
+
+    def compute(self, chunks: Sequence[Chunk], cache: HalfCache) -> StepLogits:
+        """Run the kernel on these chunks. The result is valid until the next call."""
+        config = self._table.config
+        rows = sum(len(chunk.tokens) for chunk in chunks)
+        wanted = sum(chunk.wanted for chunk in chunks)
+        longest = max(chunk.end for chunk in chunks)
+        batches, pairs = _by_layer(chunks)
+        rank = max((batch.layer.rank for batch in batches), default=0)
+        self._make_room(rows, wanted, pairs * rank, padded(longest))
+
+        counts = [len(chunk.tokens) for chunk in chunks]
+        starts = [chunk.start for chunk in chunks]
+        if rows == len(chunks):
+            positions = np.array(starts, np.int32)
+            slots = np.array([_slot(chunk) for chunk in chunks], np.int32)
+        else:
+            positions = np.concatenate([np.arange(c.start, c.end, dtype=np.int32) for c in chunks])
+            slots = np.concatenate([chunk.slots() for chunk in chunks]).astype(np.int32)
+        tokens = np.concatenate([chunk.tokens for chunk in chunks]).astype(np.int32)
+        firsts = np.cumsum([0, *counts[:-1]])
+        tables = [chunk.table.astype(np.int32) for chunk in chunks]
+        described = np.array([firsts, counts, starts], np.int32)
+        wanted_rows = np.concatenate(
+            [np.arange(f + n - c.wanted, f + n, dtype=np.int32) for f, n, c in zip(firsts, counts, chunks, strict=True)]
+        )
+        addresses = np.array([address(table) for table in tables], np.int64)
+        layer_tables = np.array([batch.layer.address for batch in batches], np.int64)
+        sizes = [len(batch.rows) for batch in batches]
+        layer_spans = np.array([np.cumsum([0, *sizes])[:-1], sizes], np.int32)
+        pair_rows = np.array([row for batch in batches for row in batch.rows], np.int32)
+        pair_weights = np.array([weight for batch in batches for weight in batch.weights], np.float32)
+        best = min(BEST, config.vocab)
+        a = self._arrays
+        fields = np.array(
+            [
+                *(WHOLE, self._table.address, self._team.address, rows, len(chunks), wanted, len(batches), pairs, rank),
+                *(best, cache.blocks, padded(longest)),
+                *(address(array) for array in (tokens, positions, slots, *described, addresses, wanted_rows)),
+                *(address(array) for array in (layer_tables, *layer_spans, pair_rows, pair_weights)),
+                *(address(cache.keys), address(cache.values)),
+                *self._scratch,
+            ],
+            np.int64,
+        )
+        self._team.run(address(fields))
+        return StepLogits(
+            a["logits"][:wanted, : config.vocab],
+            a["finite"][:wanted] != 0,
+            a["best_tokens"][:wanted],
+            a["best_logits"][:wanted],
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the scratch arrays."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def _make_room(self, rows: int, wanted: int, ranks: int, longest: int) -> None:
+        if rows <= self._rows and wanted <= self._wanted and ranks <= self._pairs and longest <= self._scores:
+            return
+        config, a = self._table.config, self._arrays
+        hidden, inner, vocab = padded(config.hidden), padded(config.intermediate), padded(config.vocab)
+        heads, kv = padded(config.heads * config.head_dim), padded(config.kv_heads * config.head_dim)
+        if rows > self._rows:
+            self._rows = max(rows, 16)
+            r, widest = self._rows, max(hidden, heads)
+            a |= {name: np.zeros((r, hidden), np.float32) for name in ("x", "h")}
+            a |= {name: np.zeros((r, heads), np.float32) for name in ("q", "mixed")}
+            a |= {name: np.zeros((r, kv), np.float32) for name in ("k", "v")}
+            a |= {name: np.zeros((r, inner), np.float32) for name in ("gate", "up")}
+            for which, width in (("", widest), ("inner_", inner)):
+                a[f"{which}codes8"] = np.zeros((r, width), np.int8)
+                a[f"{which}codes16"] = np.zeros((r, width), np.int16)
+                a |= {
+                    f"{which}{name}": np.zeros((r, width // BLOCK), np.float32)
+                    for name in ("scale8", "sum8", "scale16")
+                }
+        if wanted > self._wanted:
+            self._wanted = max(wanted, 1)
+            a["logits"] = np.zeros((self._wanted, vocab), np.float32)
+            a["best_tokens"] = np.zeros((self._wanted, min(BEST, config.vocab)), np.int32)
+            a["best_logits"] = np.zeros((self._wanted, min(BEST, config.vocab)), np.float32)
+            a["finite"] = np.zeros(self._wanted, np.int32)
+        if ranks > self._pairs:
+            self._pairs = max(ranks, 1)
+            a["u"] = np.zeros((3, self._pairs), np.float32)
+        if longest > self._scores:
+            self._scores = max(longest, 256)
+            a["scores"] = np.zeros((self._team.threads, QUERIES, self._scores), np.float32)
+        self._scratch = [address(a[name]) for name in SCRATCH]
+
+
+_INPUTS = ("codes8", "scale8", "sum8", "codes16", "scale16")
+SCRATCH = (
+    *("x", "h", "q", "k", "v", "mixed", "gate", "up", "u", "scores"),
+    *_INPUTS,
+    *(f"inner_{name}" for name in _INPUTS),
+    *("logits", "best_tokens", "best_logits", "finite"),
+)
+"""The scratch arrays in the order of `Step`."""
+FIRST_SCRATCH = 27
+"""Fields of `Step` before them."""
+
+
+def _by_layer(chunks: Sequence[Chunk]) -> tuple[list[_Batch], int]:
+    """The rows of each layer, and how many pairs of a row and a layer there are."""
+    batches: dict[str, _Batch] = {}
+    row = pairs = 0
+    for chunk in chunks:
+        count = len(chunk.tokens)
+        for layer, weight in chunk.stack:
+            assert isinstance(layer, PackedLayer)  # noqa: S101 (the transformer that packs layers made them all)
+            batch = batches.setdefault(layer.id, _Batch(layer, [], []))
+            batch.rows += range(row, row + count)
+            batch.weights += [weight] * count
+            pairs += count
+        row += count
+    # By id, not as they come: the sums of a row with several layers keep their order in any company.
+    return sorted(batches.values(), key=lambda batch: batch.layer.id), pairs
+
+
+def _slot(chunk: Chunk) -> int:
+    """Where in the cache the only token of a chunk goes."""
+    return int(chunk.table[chunk.start // BLOCK_TOKENS]) * BLOCK_TOKENS + chunk.start % BLOCK_TOKENS

@@ -1,0 +1,554 @@
+"""One step of a transformer for all sequences of a batch: the native side of `transformer.ReferenceTransformer.forward`.
+
+The threads of the pool go through the same phases. Within a phase they share the pieces of its work, and nobody goes on
+before all of them are done (`engine_pool.mojo`). Nothing is allocated: the caller provides every array, and `call.py` describes them.
+"""
+
+from std.atomic import Atomic
+from std.sys import CompilationTarget
+from std.sys.intrinsics import prefetch
+
+from engine_attention import MOST_QUERIES, Cache, Table, attend, store_key, store_value
+from engine_lora import Factors, Rows, STRIP, expand, shrink
+from engine_matrix import BLOCK, GROUP, Q4, Q8, Floats, Halves, Inputs, Matrix, element, multiply, quantise, quantise_block
+from engine_pool import Pool, Work, announce_job, begin_job, is_current, look, wait_for_job
+from engine_rows import add, gated, rms_norm, rotate
+from engine_top import best
+
+comptime ABI_VERSION = 1
+comptime UNIT = BLOCK // GROUP  # groups of a unit of work: its outputs are one block of the next map's inputs
+comptime PIECES = 4  # a thread takes the units of a small phase in so many pieces
+comptime MAPS = 7  # linear maps of a block that layers can change
+comptime MANY_QUERIES = 12
+comptime PHASES = 13  # of a block
+comptime OTHER_PHASES = 4
+
+comptime WHOLE = 0  # the task is a step of a transformer
+comptime ONE_MAP = 1  # the task is one linear map: h = matrix x, for an encoder
+
+comptime Addresses = Pointer[Int, MutUntrackedOrigin]
+
+
+@fieldwise_init
+struct Layer(Copyable, Movable):
+    """The weights of one transformer block; `native.call.model_array` writes the same fields."""
+
+    var attention_norm: Floats
+    var ffn_norm: Floats
+    var q_norm: Floats
+    var k_norm: Floats
+    var q: Matrix
+    var k: Matrix
+    var v: Matrix
+    var o: Matrix
+    var gate: Matrix
+    var up: Matrix
+    var down: Matrix
+
+
+@fieldwise_init
+struct Model(Copyable, Movable):
+    """A model, likewise."""
+
+    var blocks: Int
+    var hidden: Int
+    var heads: Int
+    var kv_heads: Int
+    var head_dim: Int
+    var half: Int  # of the dimensions that are rotated
+    var vocab: Int
+    var qk_norm: Int
+    var epsilon: Float64
+    var scale: Float64  # of attention scores
+    var cos: Floats  # [context, half]
+    var sin: Floats
+    var output_norm: Floats
+    var embedding: Matrix
+    var output: Matrix
+    var layers: Pointer[Layer, MutUntrackedOrigin]
+
+
+@fieldwise_init
+struct Step(Copyable, Movable):
+    """One call, likewise. `rows` are the tokens of all sequences; a chunk is the rows of one sequence."""
+
+    var task: Int  # WHOLE or ONE_MAP
+    var model: Pointer[Model, MutUntrackedOrigin]
+    var pool: Pointer[Pool, MutUntrackedOrigin]
+    var rows: Int
+    var chunks: Int
+    var wanted: Int
+    var layers: Int  # LoRA layers of the batch
+    var pairs: Int  # of a row and a layer
+    var rank_room: Int
+    var best: Int  # most likely tokens to find for each wanted row
+    var cache_blocks: Int
+    var score_room: Int
+    var tokens: Table  # [rows] each
+    var positions: Table
+    var slots: Table
+    var chunk_rows: Table  # [chunks] each: the first row,
+    var chunk_counts: Table  # how many rows,
+    var chunk_starts: Table  # the position of the first,
+    var chunk_tables: Addresses  # and the block table
+    var wanted_rows: Table  # [wanted]
+    var layer_tables: Addresses  # [layers] each: its factors [blocks, MAPS],
+    var layer_pairs: Table  # its first pair,
+    var layer_counts: Table  # and how many
+    var pair_rows: Rows  # [pairs]
+    var pair_weights: Floats
+    var keys: Halves
+    var values: Halves
+    var x: Floats  # scratch from here: [rows, hidden padded]
+    var h: Floats
+    var q: Floats
+    var k: Floats
+    var v: Floats
+    var mixed: Floats
+    var gate: Floats
+    var up: Floats
+    var u: Floats  # [3, pairs, rank_room]
+    var scores: Floats  # [threads, MOST_QUERIES, score_room]
+    var inputs: Inputs  # of the phase
+    var inner: Inputs  # of the map down
+    var logits: Floats  # [wanted, vocab padded]
+    var best_tokens: Table  # [wanted, best]
+    var best_logits: Floats
+    var finite: Table  # [wanted]
+    var matrix: Matrix  # of ONE_MAP
+
+
+@always_inline
+def share(work: Work, units: Int, rows: Int) -> Int:
+    """How many units of work a thread takes at a time."""
+    return 1 if rows >= 8 else max(1, units // (work.threads() * PIECES))
+
+
+@always_inline
+def factors_of(step: Step, layer: Int, block: Int, map: Int) -> Factors:
+    comptime Record = Pointer[Factors, MutUntrackedOrigin]
+    var table = Record(unsafe_from_address=step.layer_tables.unsafe_offset(layer)[])
+    return table.unsafe_offset(block * MAPS + map)[]
+
+
+def shrink_all(step: Step, work: Work, phase: Int, block: Int, first: Int, count: Int, x: Floats, stride: Int):
+    """What `count` linear maps from `first` on, which have the same inputs, need of A x."""
+    var strips = step.rank_room // STRIP
+    var total = step.layers * count * strips
+    var length = max(1, total // (work.threads() * PIECES))
+    var pieces = (total + length - 1) // length
+    while True:
+        var begin = work.take(phase, pieces)
+        if begin < 0:
+            break
+        begin *= length
+        for index in range(begin, min(begin + length, total)):
+            var strip, map = index % strips, index // strips
+            var layer, slot = map // count, map % count
+            var factors = factors_of(step, layer, block, first + slot)
+            if strip * STRIP >= factors.rank:
+                continue
+            var pair = Int(step.layer_pairs.unsafe_offset(layer)[])
+            var target = step.u.unsafe_offset((slot * step.pairs + pair) * step.rank_room)
+            var rows = step.pair_rows.unsafe_offset(pair)
+            var weights = step.pair_weights.unsafe_offset(pair)
+            var number = Int(step.layer_counts.unsafe_offset(layer)[])
+            shrink(factors, strip, stride, x, stride, rows, weights, number, target, step.rank_room)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+@always_inline
+def linear(step: Step, matrix: Matrix, inputs: Inputs, unit: Int, block: Int, map: Int, slot: Int, y: Floats, stride: Int):
+    """32 outputs of a linear map with its layers, for every row."""
+    for layer in range(step.layers):  # what the layers add is asked for now, and used after the products below
+        var factors = factors_of(step, layer, block, map)
+        var bytes = factors.rank * GROUP * factors.kind * UNIT
+        for byte in range(0, bytes, 64):
+            prefetch(factors.B.unsafe_offset(unit * bytes + byte))
+    for group in range(unit * UNIT, (unit + 1) * UNIT):
+        multiply(matrix, group, inputs, step.rows, y, stride)
+    for layer in range(step.layers):
+        var factors = factors_of(step, layer, block, map)
+        if factors.rank == 0:
+            continue
+        var pair = Int(step.layer_pairs.unsafe_offset(layer)[])
+        var u = step.u.unsafe_offset((slot * step.pairs + pair) * step.rank_room)
+        var number = Int(step.layer_counts.unsafe_offset(layer)[])
+        for group in range(unit * UNIT, (unit + 1) * UNIT):
+            expand(factors, group, u, step.rank_room, step.pair_rows.unsafe_offset(pair), number, y, stride)
+
+
+def project(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
+    """Queries, keys and values."""
+    var q_units, k_units = layer.q.groups // UNIT, layer.k.groups // UNIT
+    var units = q_units + 2 * k_units
+    var length = share(work, units, step.rows)
+    var pieces = (units + length - 1) // length
+    while True:
+        var first = work.take(phase, pieces)
+        if first < 0:
+            break
+        first *= length
+        for unit in range(first, min(first + length, units)):
+            if unit < q_units:
+                linear(step, layer.q, step.inputs, unit, block, 0, 0, step.q, layer.q.groups * GROUP)
+            elif unit < q_units + k_units:
+                linear(step, layer.k, step.inputs, unit - q_units, block, 1, 1, step.k, layer.k.groups * GROUP)
+            else:
+                linear(step, layer.v, step.inputs, unit - q_units - k_units, block, 2, 2, step.v, layer.k.groups * GROUP)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+def place(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
+    """Rotates queries and keys, and puts keys and values into the cache."""
+    ref model = step.model[]
+    var size = model.head_dim
+    var queries = model.heads // model.kv_heads
+    var epsilon = Float32(model.epsilon)
+    var total = step.rows * model.kv_heads
+    var length = max(1, total // (work.threads() * PIECES))
+    var pieces = (total + length - 1) // length
+    while True:
+        var first = work.take(phase, pieces)
+        if first < 0:
+            break
+        first *= length
+        for piece in range(first, min(first + length, total)):
+            var row, head = piece // model.kv_heads, piece % model.kv_heads
+            var position = Int(step.positions.unsafe_offset(row)[])
+            var cos = model.cos.unsafe_offset(position * model.half)
+            var sin = model.sin.unsafe_offset(position * model.half)
+            for q in range(head * queries, (head + 1) * queries):
+                var query = step.q.unsafe_offset(row * layer.q.groups * GROUP + q * size)
+                if model.qk_norm != 0:
+                    rms_norm(query, layer.q_norm, size, epsilon, query)
+                rotate(query, cos, sin, model.half)
+            var key = step.k.unsafe_offset(row * layer.k.groups * GROUP + head * size)
+            if model.qk_norm != 0:
+                rms_norm(key, layer.k_norm, size, epsilon, key)
+            rotate(key, cos, sin, model.half)
+            var value = step.v.unsafe_offset(row * layer.k.groups * GROUP + head * size)
+            var slot = Int(step.slots.unsafe_offset(row)[])
+            var at = ((block * model.kv_heads + head) * step.cache_blocks + slot // BLOCK) * BLOCK * size
+            store_key(step.keys.unsafe_offset(at), slot % BLOCK, key, size)
+            store_value(step.values.unsafe_offset(at), slot % BLOCK, value, size)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+@always_inline
+def spans_of(step: Step, chunk: Int, queries: Int, span: Int) -> Int:
+    """Into how many spans the queries that share a key head are split, in one chunk."""
+    return (Int(step.chunk_counts.unsafe_offset(chunk)[]) * queries + span - 1) // span
+
+
+def look_back(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
+    """Attention of every row over its own sequence."""
+    ref model = step.model[]
+    var queries = model.heads // model.kv_heads
+    var span = MANY_QUERIES
+    if step.rows * model.heads < 24 * work.threads():
+        span = 1
+    elif step.rows == step.chunks:
+        span = MOST_QUERIES
+    var pieces = 0
+    for chunk in range(step.chunks):
+        pieces += spans_of(step, chunk, queries, span) * model.kv_heads
+    var chunk, before = 0, 0
+    while True:
+        var piece = work.take(phase, pieces)
+        if piece < 0:
+            break
+        while piece >= before + spans_of(step, chunk, queries, span) * model.kv_heads:
+            before += spans_of(step, chunk, queries, span) * model.kv_heads
+            chunk += 1
+        var total = Int(step.chunk_counts.unsafe_offset(chunk)[]) * queries
+        var spans = spans_of(step, chunk, queries, span)
+        var head, first = (piece - before) // spans, (piece - before) % spans * span
+        var at = (block * model.kv_heads + head) * step.cache_blocks * BLOCK * model.head_dim
+        var table = Table(unsafe_from_address=step.chunk_tables.unsafe_offset(chunk)[])
+        var cache = Cache(step.keys.unsafe_offset(at), step.values.unsafe_offset(at), table, model.head_dim)
+        var query, end = first, min(first + span, total)
+        while query + MOST_QUERIES <= end:
+            attend_tile[MOST_QUERIES](step, layer, cache, chunk, head, query, work.thread)
+            query += MOST_QUERIES
+        while query < end:
+            attend_tile[1](step, layer, cache, chunk, head, query, work.thread)
+            query += 1
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+@always_inline
+def attend_tile[Q: Int](step: Step, layer: Layer, cache: Cache, chunk: Int, head: Int, first: Int, thread: Int):
+    ref model = step.model[]
+    var per_row = model.heads // model.kv_heads
+    var queries = Array[Floats, Q](fill=step.q)
+    var targets = Array[Floats, Q](fill=step.mixed)
+    var lengths = Array[Int, Q](fill=0)
+    comptime for q in range(Q):
+        var row = (first + q) // per_row
+        var offset = (head * per_row + (first + q) % per_row) * model.head_dim
+        var absolute = Int(step.chunk_rows.unsafe_offset(chunk)[]) + row
+        queries[q] = step.q.unsafe_offset(absolute * layer.q.groups * GROUP + offset)
+        targets[q] = step.mixed.unsafe_offset(absolute * layer.o.blocks * BLOCK + offset)
+        lengths[q] = Int(step.chunk_starts.unsafe_offset(chunk)[]) + row + 1
+    var scores = step.scores.unsafe_offset(thread * MOST_QUERIES * step.score_room)
+    attend[Q](cache, queries, lengths, targets, Float32(model.scale), scores, step.score_room)
+
+
+def add_outputs(step: Step, work: Work, phase: Int, block: Int, matrix: Matrix, inputs: Inputs, map: Int, y: Floats):
+    """Adds a linear map with its layers to x; y is scratch."""
+    var units = matrix.groups // UNIT
+    var stride = matrix.groups * GROUP
+    var length = share(work, units, step.rows)
+    var pieces = (units + length - 1) // length
+    while True:
+        var first = work.take(phase, pieces)
+        if first < 0:
+            break
+        first *= length
+        for unit in range(first, min(first + length, units)):
+            linear(step, matrix, inputs, unit, block, map, 0, y, stride)
+            for row in range(step.rows):
+                var at = row * stride + unit * BLOCK
+                add(step.x.unsafe_offset(at), y.unsafe_offset(at), BLOCK)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+def feed_forward(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
+    """The gated half of a block: silu(gate) * up, with its quantised form."""
+    var units = layer.gate.groups // UNIT
+    var stride = layer.gate.groups * GROUP
+    var length = share(work, units, step.rows)
+    var pieces = (units + length - 1) // length
+    while True:
+        var first = work.take(phase, pieces)
+        if first < 0:
+            break
+        first *= length
+        for unit in range(first, min(first + length, units)):
+            linear(step, layer.gate, step.inputs, unit, block, 4, 0, step.gate, stride)
+            linear(step, layer.up, step.inputs, unit, block, 5, 1, step.up, stride)
+            for row in range(step.rows):
+                var at = row * stride + unit * BLOCK
+                gated(step.gate.unsafe_offset(at), step.up.unsafe_offset(at), BLOCK)
+                var place = row * units + unit
+                quantise_block(step.gate.unsafe_offset(at), place, step.inner, layer.down.kind == Q4, layer.down.kind == Q8)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+def normalise(step: Step, work: Work, phase: Int, weight: Floats, stride: Int, want8: Bool, want16: Bool):
+    """Normalises x into h, with its quantised form, row by row."""
+    ref model = step.model[]
+    var total = step.rows
+    var length = max(1, total // (work.threads() * PIECES))
+    var pieces = (total + length - 1) // length
+    while True:
+        var first = work.take(phase, pieces)
+        if first < 0:
+            break
+        first *= length
+        for row in range(first, min(first + length, total)):
+            var h = step.h.unsafe_offset(row * stride)
+            rms_norm(step.x.unsafe_offset(row * stride), weight, model.hidden, Float32(model.epsilon), h)
+            quantise(h, row, stride // BLOCK, step.inputs, want8, want16)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+def quantise_rows(step: Step, work: Work, phase: Int, x: Floats, blocks: Int, want8: Bool, want16: Bool):
+    """The quantised form of x [rows, 32 * blocks]."""
+    var total = step.rows
+    var length = max(1, total // (work.threads() * PIECES))
+    var pieces = (total + length - 1) // length
+    while True:
+        var first = work.take(phase, pieces)
+        if first < 0:
+            break
+        first *= length
+        for row in range(first, min(first + length, total)):
+            quantise(x.unsafe_offset(row * blocks * BLOCK), row, blocks, step.inputs, want8, want16)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+def embed(step: Step, work: Work, phase: Int, stride: Int):
+    var total = step.rows
+    var length = max(1, total // (work.threads() * PIECES))
+    var pieces = (total + length - 1) // length
+    while True:
+        var first = work.take(phase, pieces)
+        if first < 0:
+            break
+        first *= length
+        for row in range(first, min(first + length, total)):
+            element(step.model[].embedding, Int(step.tokens.unsafe_offset(row)[]), step.x.unsafe_offset(row * stride))
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+def finish(step: Step, work: Work, phase: Int, stride: Int):
+    """The normalised rows whose logits are wanted."""
+    ref model = step.model[]
+    var pieces = step.wanted
+    while True:
+        var index = work.take(phase, pieces)
+        if index < 0:
+            break
+        var row = Int(step.wanted_rows.unsafe_offset(index)[])
+        var h = step.h.unsafe_offset(index * stride)
+        rms_norm(step.x.unsafe_offset(row * stride), model.output_norm, model.hidden, Float32(model.epsilon), h)
+        quantise(h, index, stride // BLOCK, step.inputs, model.output.kind == Q4, model.output.kind == Q8)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+def predict(step: Step, work: Work, phase: Int):
+    """Logits."""
+    ref model = step.model[]
+    var units = model.output.groups // UNIT
+    var length = max(1, units // (work.threads() * 8))
+    var pieces = (units + length - 1) // length
+    while True:
+        var first = work.take(phase, pieces)
+        if first < 0:
+            break
+        first *= length
+        for group in range(first * UNIT, min(first + length, units) * UNIT):
+            multiply(model.output, group, step.inputs, step.wanted, step.logits, model.output.groups * GROUP)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+def choose(step: Step, work: Work, phase: Int):
+    """The most likely tokens of every wanted row."""
+    ref model = step.model[]
+    var pieces = step.wanted
+    while True:
+        var index = work.take(phase, pieces)
+        if index < 0:
+            break
+        var finite = best(
+            step.logits.unsafe_offset(index * model.output.groups * GROUP),
+            model.vocab,
+            step.best,
+            step.best_tokens.unsafe_offset(index * step.best),
+            step.best_logits.unsafe_offset(index * step.best),
+        )
+        step.finite.unsafe_offset(index)[] = Int32(1) if finite else Int32(0)
+        work.done(phase)
+    work.wait(phase, pieces)
+
+
+def map_rows(step: Step, work: Work):
+    """One linear map: x [rows, 32 * blocks] -> h [rows, 16 * groups]."""
+    ref matrix = step.matrix
+    quantise_rows(step, work, 0, step.x, matrix.blocks, matrix.kind == Q4, matrix.kind == Q8)
+    var pieces = matrix.groups
+    while True:
+        var group = work.take(1, pieces)
+        if group < 0:
+            break
+        multiply(matrix, group, step.inputs, step.rows, step.h, matrix.groups * GROUP)
+        work.done(1)
+    work.wait(1, pieces)
+
+
+def run(step: Step, work: Work):
+    """All phases of a task, as one of the pool's threads."""
+    if step.task == ONE_MAP:
+        map_rows(step, work)
+        return
+    ref model = step.model[]
+    var width = model.embedding.blocks * BLOCK
+    var phase = 0
+    embed(step, work, phase, width)
+    for block in range(model.blocks):
+        ref layer = model.layers.unsafe_offset(block)[]
+        var attention8 = layer.q.kind == Q4 or layer.k.kind == Q4 or layer.v.kind == Q4
+        var attention16 = layer.q.kind == Q8 or layer.k.kind == Q8 or layer.v.kind == Q8
+        normalise(step, work, phase + 1, layer.attention_norm, width, attention8, attention16)
+        if step.layers > 0:
+            shrink_all(step, work, phase + 2, block, 0, 3, step.h, width)
+        project(step, work, phase + 3, block, layer)
+        place(step, work, phase + 4, block, layer)
+        look_back(step, work, phase + 5, block, layer)
+        quantise_rows(step, work, phase + 6, step.mixed, layer.o.blocks, layer.o.kind == Q4, layer.o.kind == Q8)
+        if step.layers > 0:
+            shrink_all(step, work, phase + 7, block, 3, 1, step.mixed, layer.o.blocks * BLOCK)
+        add_outputs(step, work, phase + 8, block, layer.o, step.inputs, 3, step.h)
+        var ffn8 = layer.gate.kind == Q4 or layer.up.kind == Q4
+        var ffn16 = layer.gate.kind == Q8 or layer.up.kind == Q8
+        normalise(step, work, phase + 9, layer.ffn_norm, width, ffn8, ffn16)
+        if step.layers > 0:
+            shrink_all(step, work, phase + 10, block, 4, 2, step.h, width)
+        feed_forward(step, work, phase + 11, block, layer)
+        if step.layers > 0:
+            shrink_all(step, work, phase + 12, block, 6, 1, step.gate, layer.down.blocks * BLOCK)
+        add_outputs(step, work, phase + 13, block, layer.down, step.inner, 6, step.h)
+        phase += PHASES
+    if step.wanted > 0:
+        finish(step, work, phase + 1, width)
+        predict(step, work, phase + 2)
+        if step.best > 0:
+            choose(step, work, phase + 3)
+
+
+@export("engine_abi_version")
+def engine_abi_version() abi("C") -> Int:
+    return ABI_VERSION
+
+
+@export("engine_cpu_features")
+def engine_cpu_features() abi("C") -> Int:
+    """What the CPU must have, as bits of `synapse.hotpath.cpu.FEATURES`."""
+    var features = 0
+    comptime if CompilationTarget.has_avx2():
+        features |= 1
+    comptime if CompilationTarget.has_avx512f() and CompilationTarget.has_vnni():
+        features |= 2
+    comptime if CompilationTarget.has_neon_int8_dotprod():
+        features |= 4
+    comptime if CompilationTarget.has_avx512f():
+        features |= 8
+    return features
+
+
+@export("engine_step")
+def engine_step(step: Pointer[Step, MutUntrackedOrigin]) abi("C") -> Int:
+    """Computes a step with the calling thread, and with those of `engine_serve` as far as they come."""
+    var mine = step[].copy()
+    ref pool = mine.pool[]
+    begin_job(pool)
+    Pointer[Step, MutUntrackedOrigin](unsafe_from_address=pool.step)[] = mine.copy()
+    run(mine, Work(mine.pool, announce_job(pool), 0))
+    return 0
+
+
+@export("engine_serve")
+def engine_serve(address: Pointer[Pool, MutUntrackedOrigin], thread: Int) abi("C") -> Int:
+    """Helps with every step until `engine_stop`, as thread `thread` (1 …) of the pool."""
+    ref pool = address[]
+    var job = Int32(0)
+    while True:
+        job = wait_for_job(pool, job)
+        if look(pool.stop) != 0:
+            return 0
+        var step = Pointer[Step, MutUntrackedOrigin](unsafe_from_address=pool.step)[].copy()
+        if is_current(pool, job):  # otherwise another job began meanwhile, and the copy may be half of each
+            run(step, Work(address, job, thread))
+
+
+@export("engine_stop")
+def engine_stop(address: Pointer[Pool, MutUntrackedOrigin]) abi("C") -> Int:
+    """Sends the threads of `engine_serve` home."""
+    ref pool = address[]
+    begin_job(pool)
+    _ = Atomic[Int32].fetch_add(pool.stop, Int32(1))
+    _ = announce_job(pool)
+    return 0

@@ -1,0 +1,114 @@
+"""The kernel `engine`: where it is, how it is opened, and what it must pass."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from synapse.config import load_settings
+from synapse.engines.native.cache import HalfCache
+from synapse.engines.native.examples import examples
+from synapse.engines.native.model import NativeModel
+from synapse.engines.transformer import Chunk, StepLogits
+from synapse.errors import NotFound
+from synapse.hotpath.kernel_checks import load_build
+from synapse.hotpath.kernel_spec import KernelBuild, KernelSpec
+from synapse.hotpath.kernels import find_build
+from synapse.hotpath.native import FoundBuild
+
+TOLERANCE = 0.1
+"""Largest distance of a row of logits from the reference's, as a share of the spread of the reference's row.
+
+The reference computes with the same weights; what differs are activations of 8 bits (of 16 for 8-bit weights) and the
+order of sums. On the default model the distance is 0.02 to 0.05.
+"""
+FINE_TOLERANCE = 0.005
+"""The same where all weights are of 8 bits; the cache's float16 is most of it."""
+
+
+class Forward(Protocol):
+    """The signature of the hot path."""
+
+    def __call__(self, model: NativeModel, chunks: tuple[Chunk, ...], cache: HalfCache) -> StepLogits: ...
+
+
+def distance(answer: StepLogits, expected: StepLogits) -> float:
+    """The largest distance of two rows, as a share of the spread of the second. Rows that are not finite must match."""
+    if answer.values.shape != expected.values.shape or not np.array_equal(answer.finite, expected.finite):
+        return float("inf")
+    found, wanted = answer.values[answer.finite], expected.values[answer.finite]
+    if not len(found):
+        return 0.0
+    spread = np.linalg.norm(wanted - wanted.mean(axis=1, keepdims=True), axis=1)
+    return float((np.linalg.norm(found - wanted, axis=1) / np.maximum(spread, 1e-6)).max())
+
+
+def agrees(answer: StepLogits, expected: StepLogits) -> bool:
+    """Whether a step's logits are as good as the reference's."""
+    return distance(answer, expected) <= TOLERANCE
+
+
+def forward_native(library: ctypes.CDLL, model: NativeModel, chunks: tuple[Chunk, ...], cache: HalfCache) -> StepLogits:
+    """A step by the kernel."""
+    return model.compute(library, chunks, cache)
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes what the kernel's functions take; all return 0."""
+    library.engine_serve.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.engine_step.argtypes = library.engine_stop.argtypes = [ctypes.c_int64]
+
+
+def self_test(library: ctypes.CDLL) -> None:
+    """Compare the kernel with the reference on small models.
+
+    Raises:
+        AssertionError: the answers differ, or the most likely tokens are not those of the logits.
+    """
+    for threads in (1, 2):
+        for model, chunks, cache in examples(threads):
+            _check(model, forward_native(library, model, chunks, cache), model.reference.forward(chunks, cache))
+
+
+def _check(model: NativeModel, answer: StepLogits, expected: StepLogits) -> None:
+    found, exact = distance(answer, expected), model.packed.kind("token_embd.weight") == "q8"
+    if not found <= (FINE_TOLERANCE if exact else TOLERANCE):
+        raise AssertionError(f"logits of {model.packed.config.architecture} are off by {found:.3g}")
+    best = np.argsort(-answer.values, axis=1, kind="stable")[:, : answer.best_tokens.shape[1]]
+    if not np.array_equal(answer.best_tokens, best):
+        raise AssertionError("the most likely tokens are not those of the logits")
+
+
+def find() -> FoundBuild:
+    """The build of this machine.
+
+    Raises:
+        NotFound: there is none.
+    """
+    build = find_build(KERNEL, load_settings())
+    if build is None:
+        raise NotFound("the kernel engine is not built", hint="synapse kernels build engine")
+    return FoundBuild(build.build_id, build.path)
+
+
+def bind(path: Path) -> Forward:
+    """The native step from a library.
+
+    Raises:
+        KernelRefused, Unavailable: it does not pass its checks, or they could not be made.
+    """
+    return partial(forward_native, load_build(KERNEL, KernelBuild(KERNEL.name, "", path)))
+
+
+KERNEL = KernelSpec(
+    name="engine",
+    source=Path(__file__).with_name("engine.mojo"),
+    symbols=tuple(f"engine_{name}" for name in ("abi_version", "cpu_features", "step", "serve", "stop")),
+    abi_version=1,
+    self_test=self_test,
+    declare=declare,
+)

@@ -1,0 +1,97 @@
+"""The native engine: the hot path `engine`, and the transformer that takes the reference's place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from synapse.engines.native.cache import HalfCache
+from synapse.engines.native.examples import examples
+from synapse.engines.native.kernel import agrees, bind, find
+from synapse.engines.native.layers import PackedLayer, Precision, pack_layer
+from synapse.engines.native.model import NativeModel
+from synapse.engines.native.packed_file import Quantisation, open_packed
+from synapse.engines.native.source_hash import source_sha256
+from synapse.engines.transformer import Chunk, StepLogits
+from synapse.errors import Unavailable
+from synapse.hotpath.native import NativeSide
+from synapse.hotpath.paths import hotpath, ready
+from synapse.hotpath.rollout import Plan, Stage
+from synapse.models.adapter import Adapter
+from synapse.models.gguf_file import ModelFile
+
+PATH = "engine"
+COMPARED = 1e-5
+"""Of the steps, how many are compared with the reference before their tokens are chosen: one takes it a second."""
+PLAN: Plan = (Stage("full", share=1.0, compare=COMPARED, dwell=timedelta(days=30), min_samples=0),)
+"""A build that has agreed in its burn-in answers every step: the reference is too slow to stand in for weeks."""
+
+
+def _burn_in() -> list[tuple[Any, ...]]:
+    return list(islice(examples(), 4))
+
+
+@hotpath(PATH, kernel=NativeSide(find, bind), agrees=agrees, plan=PLAN, burn_in=_burn_in)
+def forward(model: NativeModel, chunks: tuple[Chunk, ...], cache: HalfCache) -> StepLogits:
+    """One step: see `Transformer.forward`. Keys and values are written where the chunks say, whoever computes them."""
+    return model.reference.forward(chunks, cache)
+
+
+class NativeTransformer:
+    """A packed model behind the hot path: see `Transformer`, whose methods these are."""
+
+    def __init__(self, model: NativeModel, precision: Precision = "float16") -> None:
+        self.config = model.packed.config
+        self.context = model.context
+        self.weight_bytes = model.packed.bytes
+        self._model = model
+        self._precision: Precision = precision
+
+    def new_cache(self, blocks: int) -> HalfCache:
+        """An empty KV cache of so many blocks."""
+        return HalfCache(self.config.blocks, self.config.kv_heads, self.config.head_dim, blocks)
+
+    def prepare(self, adapter: Adapter) -> PackedLayer:
+        """A layer in strips."""
+        return pack_layer(adapter, self.config.blocks, self._precision)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def forward(self, chunks: Sequence[Chunk], cache: HalfCache) -> StepLogits:
+        """One step; see `Transformer.forward`."""
+        return forward(self._model, tuple(chunks), cache)
+
+    def close(self) -> None:
+        """Send the threads home and let go of the weights."""
+        self._model.close()
+
+
+def open_native(
+    file: ModelFile,
+    folder: Path,
+    context: int,
+    *,
+    threads: int = 0,
+    quantisation: Quantisation = "auto",
+    precision: Precision = "float16",
+) -> NativeTransformer:
+    """The native transformer of a model file, packed into `folder` if it is not there yet.
+
+    Raises:
+        Unavailable: the kernel does not answer in this process, or cannot run this model; the message says why.
+        ModelFileCorrupt: a weight is not finite.
+        DiskFull: there is no room for the packed model.
+    """
+    state = ready(PATH)
+    if not state.native:
+        raise Unavailable(f"the native engine is not ready: {state.why}", hint="see `synapse hotpath status`")
+    packed = open_packed(file, source_sha256(file.path, folder), folder, quantisation)
+    try:
+        return NativeTransformer(NativeModel(packed, context, threads), precision)
+    except Unavailable:
+        packed.close()
+        raise
