@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share. The default model is real: it is pulled once and kept between runs."""
+"""Fixtures that several rooms share. The default models are real: each is pulled once and kept between runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from support.default_model import default_model_path
+from support.default_model import default_encoder_path, default_model_path
 
 
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The GGUF file of the default chat model, in a home that is kept between runs. Read it, do not change it."""
     return default_model_path()
+
+
+@pytest.fixture(scope="session")
+def default_encoder() -> Path:
+    """The folder of the default encoder, in a home that is kept between runs. Read it, do not change it."""
+    return default_encoder_path()
 
 
 @pytest.fixture

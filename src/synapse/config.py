@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=default_home, description="where models, layers and the database live")
     database_url: str = Field("", description="SQLAlchemy URL; empty means SQLite in the home folder")
     default_model: str = Field("smollm2-135m", description="the base model of a new persona")
+    default_encoder: str = Field("all-minilm-l6-v2", description="the model that makes vectors of texts")
 
     host: str = Field("127.0.0.1", description="address the server binds to; only loopback until an API key exists")
     port: int = Field(8377, ge=0, le=65535, description="port the server listens on; 0 picks a free one")
@@ -38,7 +39,19 @@ class Settings(BaseSettings):
     request_timeout: float = Field(600.0, gt=0, description="seconds one generation may take")
 
     backend: str = Field("auto", description="engine: auto, reference or native")
-    threads: int = Field(0, ge=0, description="threads of the engine's matrix products; 0 means one per core but one")
+    quantisation: str = Field(
+        "auto",
+        pattern="^(auto|int8|4bit)$",
+        description="weights of the native engine: auto (as in the file), int8 or 4bit",
+    )
+    layer_precision: str = Field(
+        "float16",
+        pattern="^(float16|int8)$",
+        description="LoRA layers of the native engine: float16 or int8",
+    )
+    threads: int = Field(
+        0, ge=0, description="threads that compute; 0 means one per core (one per core but one for the reference)"
+    )
     max_context: int = Field(8192, ge=16, description="longest sequence, in tokens; never more than the model's own")
     max_batch: int = Field(16, ge=1, description="sequences that share one step")
     kv_cache_tokens: int = Field(0, ge=0, description="tokens the KV cache holds; 0 means one sequence of max_context")

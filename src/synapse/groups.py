@@ -18,6 +18,7 @@ class Group:
 
 GROUPS: dict[str, Group] = {
     "model": Group("synapse.models.commands", "Model files: pull, list, show, remove."),
+    "embedding": Group("synapse.engines.commands", "Embeddings: texts as vectors, and how near they are."),
     "layer": Group("synapse.genome.commands", "LoRA layers: add, list, show, export, remove."),
     "genome": Group("synapse.genome.commands", "Genomes: weighted stacks of layers."),
     "persona": Group("synapse.personas.commands", "Personas: create, list, show, edit, delete."),

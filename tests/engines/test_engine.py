@@ -211,8 +211,8 @@ def test_the_context_is_filled_to_its_last_token_and_then_ends(default_model: Pa
     assert (answer.finished.reason, len(answer.tokens)) == ("length", 10)
 
 
-def test_the_native_backend_is_refused_until_it_exists(default_model: Path) -> None:
-    with pytest.raises(Unavailable, match="no native engine"):
+def test_the_native_backend_is_refused_with_a_reason_where_its_kernel_is_not_built(default_model: Path) -> None:
+    with pytest.raises(Unavailable, match="the kernel engine is not built"):
         open_engine_file(default_model, "native")
     with pytest.raises(InvalidInput, match="reference, native or auto"):
         open_engine_file(default_model, "fast")  # type: ignore[arg-type]

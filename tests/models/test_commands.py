@@ -41,7 +41,11 @@ async def test_a_model_is_pulled_listed_shown_and_removed(context: Context, tmp_
     assert len(file["sha256"]) == 64
 
     rows = (await find_command("model/list").run(ListModels(), context)).model_dump()["items"]
-    assert [(row["name"], row["status"]) for row in rows] == [("mine", "ready"), ("smollm2-135m", "available")]
+    assert [(row["name"], row["kind"], row["status"]) for row in rows] == [
+        ("mine", "chat", "ready"),
+        ("all-minilm-l6-v2", "encoder", "available"),
+        ("smollm2-135m", "chat", "available"),
+    ]
 
     removed = await find_command("model/rm").run(ModelName(name="mine"), context)
     assert removed.model_dump() == {"name": "mine", "freed_bytes": source.stat().st_size}

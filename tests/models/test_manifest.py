@@ -19,7 +19,7 @@ def test_a_file_on_the_hub_is_named_by_repository_and_path() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["hf:", "hf:org/repo", "hf:org/repo/model.bin", "hf:org/repo/../x.gguf", "hf:org//m.gguf", "hf:o/r/a b.gguf"],
+    ["hf:", "hf:org", "hf:org/repo/model.bin", "hf:org/repo/../x.gguf", "hf:org//m.gguf", "hf:o/r/a b.gguf"],
 )
 def test_what_begins_like_the_hub_but_names_no_gguf_file_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput, match="hub") as caught:

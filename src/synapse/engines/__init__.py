@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from synapse.engines.encoder import Encoder, open_encoder
+from synapse.engines.encoder_host import Embeddings, EncoderHost, EncoderRunner, open_encoders
 from synapse.engines.engine import Backend, ContextOverflow, Counters, Engine, Limits
 from synapse.engines.grammar import BadGrammar
 from synapse.engines.host import EngineHost, limits_from, open_engine, open_engines
@@ -24,6 +26,10 @@ __all__ = [
     "ContextOverflow",
     "Counters",
     "Delta",
+    "Embeddings",
+    "Encoder",
+    "EncoderHost",
+    "EncoderRunner",
     "Engine",
     "EngineHost",
     "EngineRunner",
@@ -38,6 +44,8 @@ __all__ = [
     "Sampling",
     "TokenLogprob",
     "limits_from",
+    "open_encoder",
+    "open_encoders",
     "open_engine",
     "open_engines",
 ]

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from synapse.config import load_settings
 from synapse.engines.grammar import Constraint, Grammars
 from synapse.engines.kv_cache import BLOCK_TOKENS, BlockPool
 from synapse.engines.layer_cache import LayerCache
-from synapse.engines.lora import LoraLayer, Stack
+from synapse.engines.lora import Layer, Stack
+from synapse.engines.native.layers import Precision
+from synapse.engines.native.model import cores
+from synapse.engines.native.packed_file import Quantisation
+from synapse.engines.native.transformer import open_native
 from synapse.engines.request import Delta, Event, Finished, FinishReason, Grammar, Request, TokenLogprob
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
 from synapse.engines.scheduler import Scheduler
 from synapse.engines.sequence import Sequence
-from synapse.engines.transformer import Chunk, ReferenceTransformer
+from synapse.engines.transformer import Chunk, ReferenceTransformer, StepLogits, Transformer
 from synapse.engines.weights import load_weights
 from synapse.errors import InternalError, InvalidInput, SynapseError, Unavailable
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig
-from synapse.models.gguf_file import open_model_file
+from synapse.models.gguf_file import ModelFile, open_model_file
 from synapse.models.tokenizer import Tokenizer, load_tokenizer
 
 log = structlog.get_logger(__name__)
@@ -58,8 +62,11 @@ class Limits:
         kv_cache_tokens: tokens the KV cache holds; 0 means one sequence of the longest length.
         step_tokens: tokens computed in one step, over all sequences.
         max_layers, max_layer_bytes: layers kept in memory; the least recently used that no sequence needs goes first.
-        threads: threads of the matrix products of this process; 0 means one per core but one. BLAS threads wait for
-            one another by spinning, so a single other busy process on the last core would slow them many times over.
+        threads: threads that compute; 0 means one per core for the kernel, and one per core but one for the reference:
+            BLAS threads wait for one another by spinning, so a single other busy process on the last core would slow
+            them many times over.
+        quantisation: how exactly the native engine keeps weights: `auto` as the file has them, else `int8` or `4bit`.
+        layer_precision: how exactly it keeps LoRA layers; `int8` takes half the memory of `float16`.
     """
 
     max_context: int = 8192
@@ -69,6 +76,8 @@ class Limits:
     max_layers: int = 20
     max_layer_bytes: int = 500 * 2**20
     threads: int = 0
+    quantisation: Quantisation = "auto"
+    layer_precision: Precision = "float16"
 
 
 @dataclass(slots=True)
@@ -90,7 +99,7 @@ class Engine:
 
     def __init__(
         self,
-        transformer: ReferenceTransformer,
+        transformer: Transformer[Any],
         tokenizer: Tokenizer,
         chat_template: ChatTemplate,
         limits: Limits,
@@ -110,7 +119,13 @@ class Engine:
         self._ended: list[Event] = []
         self._ids = itertools.count(1)
         names = (name,) if name else ()
-        self.layers = LayerCache(self.config, names, max_layers=limits.max_layers, max_bytes=limits.max_layer_bytes)
+        self.layers = LayerCache(
+            self.config,
+            names,
+            transformer.prepare,
+            max_layers=limits.max_layers,
+            max_bytes=limits.max_layer_bytes,
+        )
         self.counters = Counters()
 
     # Requests
@@ -195,7 +210,7 @@ class Engine:
             self.counters.prefill_tokens += 0 if decoding else count
             seq.advance(self._pool, count)
             if chunk.wanted:
-                events += self._continue_safely(seq, logits[row])
+                events += self._continue_safely(seq, logits, row)
                 row += 1
         return events
 
@@ -206,10 +221,14 @@ class Engine:
         self._sequences.clear()
         self._ended.clear()
 
-    def _continue_safely(self, seq: Sequence, logits: NDArray[np.float32]) -> list[Event]:
+    def close(self) -> None:
+        """Give back threads and memory maps. No step may follow."""
+        self._transformer.close()
+
+    def _continue_safely(self, seq: Sequence, logits: StepLogits, row: int) -> list[Event]:
         """As `_continue`; what fails there ends this sequence and none of those that share the step."""
         try:
-            return self._continue(seq, logits)
+            return self._continue(seq, logits, row)
         except SynapseError as error:
             return [self._end(seq, "error", error)]
         except Exception as error:  # a defect, which its caller and the log are told of
@@ -218,13 +237,17 @@ class Engine:
             failure.__cause__ = error
             return [self._end(seq, "error", failure)]
 
-    def _continue(self, seq: Sequence, logits: NDArray[np.float32]) -> list[Event]:
+    def _continue(self, seq: Sequence, logits: StepLogits, row: int) -> list[Event]:
         """Choose the next token of a sequence and say what that adds to its answer."""
         request = seq.request
-        if not np.isfinite(logits).all():
+        if not logits.finite[row]:
             raise InternalError("the model produced a number that is not finite", hint="try without its layers")
         remaining = seq.limit - len(seq.tokens) - 1
-        token = seq.sampler.choose(logits, seq.constraint.allowed() if seq.constraint else None)
+        values = logits.values[row]
+        if seq.constraint:
+            token = seq.sampler.choose(values, seq.constraint.allowed())
+        else:
+            token = seq.sampler.choose(values, best=(logits.best_tokens[row], logits.best_values[row]))
         if seq.constraint:
             token = seq.constraint.accept(token, remaining)
         seq.sampler.note(token)
@@ -241,7 +264,7 @@ class Engine:
             finish = "stop"
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.logprobs is not None:
-            logprobs = (token_logprob(logits, token, request.logprobs),)
+            logprobs = (token_logprob(values, token, request.logprobs),)
         events: list[Event] = [Delta(seq.id, text, (token,), logprobs)]
         if finish:
             events.append(self._end(seq, finish))
@@ -314,7 +337,7 @@ class Engine:
         path = Path(path)
         return self.layers.known(path) or self.put_layer(path, self.layers.read(path))
 
-    def put_layer(self, path: Path, layer: LoraLayer) -> str:
+    def put_layer(self, path: Path, layer: Layer) -> str:
         """Keep a layer that was read (with `layers.read`, in any thread)."""
         self.layers.put(path, layer, in_use=self._layers_in_use())
         return layer.id
@@ -369,7 +392,7 @@ class Engine:
             part = tokens[start : start + LOGITS_CHUNK]
             logits[start : start + len(part)] = self._transformer.forward(
                 [Chunk(part, start, table, stack, len(part))], cache
-            )
+            ).values
         return logits
 
 
@@ -380,19 +403,38 @@ def open_engine_file(
 
     Args:
         name: what the model is called here; a layer may name it so, or as the file does.
-        backend: `reference` is the NumPy engine; `native` needs kernels; `auto` takes the fastest there is.
+        backend: `reference` is the NumPy engine in float32, `native` the kernel on packed weights; `auto` is `native`
+            where that works, and the log says why where it does not.
 
     Raises:
         ModelFileCorrupt, UnsupportedModel: the file cannot be used.
-        Unavailable: `native` was asked for and this version has no native kernels.
+        Unavailable: `native` was asked for and does not work here; the message says why.
+        DiskFull: there is no room for the packed weights.
     """
     if backend not in ("reference", "native", "auto"):
         raise InvalidInput(f"the backend is reference, native or auto, not {backend!r}")
-    if backend == "native":
-        raise Unavailable("this version of Synapse has no native engine", hint="use the backend auto or reference")
     limits = limits or Limits()
-    threadpool_limits(limits.threads or max(1, (os.cpu_count() or 1) - 1), user_api="blas")
+    threadpool_limits(limits.threads or max(1, cores() - 1), user_api="blas")
     file = open_model_file(path)
-    tokenizer = load_tokenizer(file)
-    transformer = ReferenceTransformer(load_weights(file), min(file.config.context, limits.max_context))
-    return Engine(transformer, tokenizer, load_chat_template(file), limits, name)
+    tokenizer, template = load_tokenizer(file), load_chat_template(file)
+    transformer = _open_transformer(file, backend, limits)
+    return Engine(transformer, tokenizer, template, limits, name)
+
+
+def _open_transformer(file: ModelFile, backend: Backend, limits: Limits) -> Transformer[Any]:
+    context = min(file.config.context, limits.max_context)
+    if backend != "reference":
+        try:
+            return open_native(
+                file,
+                load_settings().folder("packed"),
+                context,
+                threads=limits.threads,
+                quantisation=limits.quantisation,
+                precision=limits.layer_precision,
+            )
+        except Unavailable as error:
+            if backend == "native":
+                raise
+            log.warning("engine.reference", model=file.path.name, reason=error.message)
+    return ReferenceTransformer(load_weights(file), context)

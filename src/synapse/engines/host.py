@@ -11,6 +11,8 @@ from typing import cast
 from synapse.commands import Context
 from synapse.config import Settings, load_settings
 from synapse.engines.engine import Backend, Engine, Limits, open_engine_file
+from synapse.engines.native.layers import Precision
+from synapse.engines.native.packed_file import Quantisation
 from synapse.engines.runner import EngineRunner
 from synapse.models.library import ModelLibrary, open_library
 
@@ -24,6 +26,8 @@ def limits_from(settings: Settings) -> Limits:
         threads=settings.threads,
         max_layers=settings.max_layers,
         max_layer_bytes=settings.max_layer_bytes,
+        quantisation=cast(Quantisation, settings.quantisation),
+        layer_precision=cast(Precision, settings.layer_precision),
     )
 
 

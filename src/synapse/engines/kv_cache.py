@@ -13,6 +13,7 @@ import math
 import mmap
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ BLOCK_TOKENS = 32
 """Tokens in a block: small enough to waste little, large enough that gathering is a few long copies."""
 
 Digest = bytes
+Number = TypeVar("Number", bound=np.floating)
 
 
 def root_digest(layers: Iterable[tuple[str, float]]) -> Digest:
@@ -113,8 +115,8 @@ class KVCache:
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, blocks: int) -> None:
         shape = (layers, kv_heads, blocks, BLOCK_TOKENS, head_dim)
-        self._keys = _untouched_zeros(shape)
-        self._values = _untouched_zeros(shape)
+        self._keys = untouched_zeros(shape, np.float32)
+        self._values = untouched_zeros(shape, np.float32)
         self._rows = (kv_heads, blocks * BLOCK_TOKENS, head_dim)
 
     def write(
@@ -138,13 +140,13 @@ class KVCache:
         return keys[:, :length], values[:, :length]
 
 
-def _untouched_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+def untouched_zeros(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
     """Zeros whose memory is taken page by page when it is first written.
 
     In huge pages, which `np.zeros` gets where the system gives them, the first token of a sequence would touch all of
     a pool: each head of each layer lies in another one.
     """
-    mapping = mmap.mmap(-1, max(1, math.prod(shape)) * np.dtype(np.float32).itemsize)
+    mapping = mmap.mmap(-1, max(1, math.prod(shape)) * np.dtype(dtype).itemsize)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         mapping.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(mapping, np.float32, math.prod(shape)).reshape(shape)
+    return np.frombuffer(mapping, dtype, math.prod(shape)).reshape(shape)

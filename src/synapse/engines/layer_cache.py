@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from synapse.engines.lora import LoraLayer, lora_layer
+from synapse.engines.lora import Layer
 from synapse.errors import Conflict, Corrupt, NotFound
-from synapse.models.adapter import read_adapter
+from synapse.models.adapter import Adapter, read_adapter
 from synapse.models.config import ModelConfig
 
 Signature = tuple[tuple[str, int, int], ...]
@@ -36,14 +36,23 @@ class LayerCache:
     that sequences use are never evicted, so the limits can be exceeded for as long as they all are in use.
     """
 
-    def __init__(self, config: ModelConfig, names: tuple[str, ...], *, max_layers: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        names: tuple[str, ...],
+        prepare: Callable[[Adapter], Layer],
+        *,
+        max_layers: int,
+        max_bytes: int,
+    ) -> None:
         self._config = config
+        self._prepare = prepare
         self._names = names
         self._max_layers = max_layers
         self._max_bytes = max_bytes
         self._folders: dict[Path, _Folder] = {}
         self._paths: dict[str, Path] = {}
-        self._layers: OrderedDict[str, LoraLayer] = OrderedDict()
+        self._layers: OrderedDict[str, Layer] = OrderedDict()
         self.reads = 0
         self.evictions = 0
 
@@ -58,21 +67,21 @@ class LayerCache:
             return None
         return folder.layer_id
 
-    def read(self, path: Path) -> LoraLayer:
+    def read(self, path: Path) -> Layer:
         """Read and check a layer without keeping it. May run in any thread.
 
         Raises:
             LayerRefused, LayerCorrupt: the folder does not hold an adapter that fits the model.
         """
-        return lora_layer(read_adapter(path, self._config, names=self._names))
+        return self._prepare(read_adapter(path, self._config, names=self._names))
 
-    def put(self, path: Path, layer: LoraLayer, *, in_use: Set[str]) -> None:
+    def put(self, path: Path, layer: Layer, *, in_use: Set[str]) -> None:
         """Keep a layer, and remember where it is."""
         self._paths[layer.id] = path
         self._folders[path] = _Folder(_signature(path), layer.id)
         self._keep(layer, in_use)
 
-    def get(self, layer_id: str, *, in_use: Set[str]) -> LoraLayer:
+    def get(self, layer_id: str, *, in_use: Set[str]) -> Layer:
         """A layer by its id, read again if it was evicted.
 
         Raises:
@@ -106,7 +115,7 @@ class LayerCache:
         del self._paths[layer_id]
         self._layers.pop(layer_id, None)
 
-    def _keep(self, layer: LoraLayer, in_use: Set[str]) -> None:
+    def _keep(self, layer: Layer, in_use: Set[str]) -> None:
         if layer.id not in self._layers:
             self.reads += 1
         self._layers[layer.id] = layer

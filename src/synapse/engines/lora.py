@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,29 +20,48 @@ from synapse.models.adapter import Adapter
 Array = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class LoraLayer:
+Factors = Mapping[tuple[int, str], tuple[Array, Array]]
+
+
+class Layer(Protocol):
     """A layer ready to use: factors[block, projection] = (A [r, in], s B [out, r]), float32. `id` is its sha256."""
 
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def factors(self) -> Factors: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """A `Layer` that holds its factors."""
+
     id: str
-    factors: Mapping[tuple[int, str], tuple[Array, Array]]
+    factors: Factors
     bytes: int
 
 
 def lora_layer(adapter: Adapter) -> LoraLayer:
     """Prepare a checked adapter: the scale s is folded into B once."""
-    factors = {key: (f.A, f.B * np.float32(f.scale)) for key, f in adapter.factors.items()}
+    factors = {
+        key: (f.A.astype(np.float32), f.B.astype(np.float32) * np.float32(f.scale))
+        for key, f in adapter.factors.items()
+    }
     return LoraLayer(adapter.sha256, factors, sum(A.nbytes + B.nbytes for A, B in factors.values()))
 
 
-Stack = tuple[tuple[LoraLayer, float], ...]
+Stack = tuple[tuple[Layer, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LoraGroup:
     """The rows of a step's batch that use one layer, and the layer's weight in each of them, [rows, 1]."""
 
-    layer: LoraLayer
+    layer: Layer
     rows: NDArray[np.intp] | slice
     weights: Array
 
@@ -54,7 +74,7 @@ def group_by_layer(stacks: Sequence[tuple[Stack, int]]) -> list[LoraGroup]:
     """
     rows: dict[str, list[NDArray[np.intp]]] = {}
     weights: dict[str, list[Array]] = {}
-    layers: dict[str, LoraLayer] = {}
+    layers: dict[str, Layer] = {}
     total = 0
     for stack, count in stacks:
         for layer, weight in stack:

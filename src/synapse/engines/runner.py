@@ -167,6 +167,7 @@ class EngineRunner:
             if self.engine.busy:
                 self._step()
         self._fail_all(_stopped())
+        self.engine.close()
 
     def _step(self) -> None:
         try:

@@ -52,6 +52,9 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
             raise InvalidInput(f"the logit_bias of token {token} is {bias}, not a finite number", param="logit_bias")
 
 
+Best = tuple[NDArray[np.int32], NDArray[np.float32]]
+
+
 class Sampler:
     """The choices of one sequence: its random stream, and which tokens it has seen."""
 
@@ -69,13 +72,23 @@ class Sampler:
             self._seen[np.asarray(prompt, np.intp)] = True
             self._counts = np.zeros(vocab, np.float32)
 
-    def choose(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> int:
+    def choose(
+        self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None, best: Best | None = None
+    ) -> int:
         """The next token.
 
         Args:
             logits: float32[vocab], not changed.
             allowed: the tokens a grammar permits, or None for all.
+            best: the k most likely tokens, most likely first, and their logits, so that the rest need not be looked at
+                when the settings keep no more than k.
         """
+        s = self._sampling
+        if best is not None and allowed is None and not self._penalised and not len(self._bias_tokens):
+            kept = 1 if s.temperature == 0 else s.top_k
+            if 0 < kept <= len(best[0]):
+                order = np.argsort(best[0][:kept])
+                return int(best[0][0]) if kept == 1 else self._pick(best[0][:kept][order], best[1][:kept][order])
         logits = self._adjusted(logits)
         if allowed is not None:
             logits = np.where(allowed, logits, np.float32(-np.inf))
@@ -104,7 +117,12 @@ class Sampler:
         tokens = np.flatnonzero(logits > -np.inf)
         if 0 < s.top_k < len(tokens):
             tokens = np.sort(tokens[np.argpartition(-logits[tokens], s.top_k - 1)[: s.top_k]])
-        kept_logits = logits[tokens].astype(np.float64)
+        return self._pick(tokens, logits[tokens])
+
+    def _pick(self, tokens: NDArray[np.signedinteger], logits: NDArray[np.float32]) -> int:
+        """Draw one of these tokens, which are in the order of their ids."""
+        s = self._sampling
+        kept_logits = logits.astype(np.float64)
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to minus infinity, rightly
             p = np.exp((kept_logits - kept_logits.max()) / s.temperature)
         p /= p.sum()

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from synapse.engines.kv_cache import BLOCK_TOKENS, KVCache
-from synapse.engines.lora import LoraGroup, Stack, add_lora, group_by_layer
+from synapse.engines.lora import Layer, LoraGroup, Stack, add_lora, group_by_layer, lora_layer
 from synapse.engines.weights import BlockWeights, Weights
+from synapse.models.adapter import Adapter
+from synapse.models.config import ModelConfig
 
 Array = NDArray[np.float32]
 
@@ -47,8 +50,66 @@ class Chunk:
         return slots
 
 
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """The logits of the wanted tokens of a step, chunk after chunk. Valid until the next step.
+
+    Attributes:
+        values: float32[n, vocab].
+        finite: bool[n]: whether all of a row are finite.
+        best_tokens, best_values: [n, k], the k most likely tokens of each row, most likely first and equal ones by id;
+            k is 0 where nobody has looked for them.
+    """
+
+    values: Array
+    finite: NDArray[np.bool_]
+    best_tokens: NDArray[np.int32]
+    best_values: Array
+
+
+CacheT = TypeVar("CacheT")
+
+
+class Cache(Protocol):
+    """Where keys and values are kept; see `KVCache`."""
+
+    def write(self, layer: int, slots: NDArray[np.intp], keys: Array, values: Array) -> None: ...
+
+    def read(self, layer: int, table: NDArray[np.intp], length: int) -> tuple[Array, Array]: ...
+
+
+class Transformer(Protocol, Generic[CacheT]):
+    """The model behind the batch: weights that never change, and what computes with them."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def context(self) -> int:
+        """Longest sequence, in tokens."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights."""
+
+    def new_cache(self, blocks: int) -> CacheT:
+        """An empty KV cache of so many blocks."""
+
+    def prepare(self, adapter: Adapter) -> Layer:
+        """A checked LoRA layer in the form that `forward` uses."""
+
+    def forward(self, chunks: Sequence[Chunk], cache: CacheT) -> StepLogits:
+        """Compute one step for all sequences together, and remember their keys and values in `cache`.
+
+        Numbers that overflow (a layer may hold any finite weight) stay in their own sequence, and show in its logits.
+        """
+
+    def close(self) -> None:
+        """Give back threads and files."""
+
+
 class ReferenceTransformer:
-    """The model behind the batch: weights that never change, and one method."""
+    """The reference: see `Transformer`, whose methods these are."""
 
     def __init__(self, weights: Weights, context: int) -> None:
         self.config = weights.config
@@ -57,30 +118,31 @@ class ReferenceTransformer:
         self._weights = weights
         angles = np.outer(np.arange(context), self.config.rope.inverse_frequencies())
         scale = self.config.rope.attention_scale()
-        self._cos = (np.cos(angles) * scale).astype(np.float32)
-        self._sin = (np.sin(angles) * scale).astype(np.float32)
+        self.cos = (np.cos(angles) * scale).astype(np.float32)
+        self.sin = (np.sin(angles) * scale).astype(np.float32)
 
     def new_cache(self, blocks: int) -> KVCache:
         """An empty KV cache of so many blocks."""
         return KVCache(self.config.blocks, self.config.kv_heads, self.config.head_dim, blocks)
 
+    def prepare(self, adapter: Adapter) -> Layer:
+        """A layer in float32."""
+        return lora_layer(adapter)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
     @np.errstate(over="ignore", invalid="ignore")
-    def forward(self, chunks: Sequence[Chunk], cache: KVCache) -> Array:
-        """Compute one step for all sequences together, and remember their keys and values in `cache`.
-
-        Numbers that overflow (a layer may hold any finite weight) stay in their own sequence, and show in its logits.
-
-        Returns:
-            The logits of the wanted tokens, chunk after chunk, float32[sum of wanted, vocab].
-        """
+    def forward(self, chunks: Sequence[Chunk], cache: Cache) -> StepLogits:
+        """One step; see `Transformer.forward`."""
         config, weights = self.config, self._weights
         positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
         slots = np.concatenate([chunk.slots() for chunk in chunks])
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         groups = group_by_layer([(chunk.stack, len(chunk.tokens)) for chunk in chunks])
         rows = len(positions)
 
-        x = weights.embedding[np.concatenate([chunk.tokens for chunk in chunks])]
+        x = weights.embed(np.concatenate([chunk.tokens for chunk in chunks]))
         for index, block in enumerate(weights.blocks):
             h = rms_norm(x, block.attention_norm, config.norm_eps)
             q = linear(h, block, groups, index, "q_proj").reshape(rows, config.heads, config.head_dim)
@@ -96,8 +158,9 @@ class ReferenceTransformer:
             x += linear(silu(gate) * up, block, groups, index, "down_proj")
 
         x = x[_wanted_rows(chunks)]
-        logits: Array = rms_norm(x, weights.output_norm, config.norm_eps) @ weights.output.T
-        return logits
+        logits = weights.logits(rms_norm(x, weights.output_norm, config.norm_eps))
+        nobody_looked = np.empty((len(logits), 0), np.int32)
+        return StepLogits(logits, np.isfinite(logits.sum(axis=1)), nobody_looked, nobody_looked.astype(np.float32))
 
 
 def linear(x: Array, block: BlockWeights, groups: Sequence[LoraGroup], index: int, projection: str) -> Array:
@@ -133,7 +196,7 @@ def silu(x: Array) -> Array:
     return y
 
 
-def attend_all(q: Array, chunks: Sequence[Chunk], cache: KVCache, index: int) -> Array:
+def attend_all(q: Array, chunks: Sequence[Chunk], cache: Cache, index: int) -> Array:
     """Attention of every chunk over its own sequence: q [rows, heads, head_dim] -> [rows, heads x head_dim]."""
     out = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
     first = 0

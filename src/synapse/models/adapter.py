@@ -1,4 +1,4 @@
-"""Reading LoRA layers: a folder in PEFT's format becomes checked float32 factors.
+"""Reading LoRA layers: a folder in PEFT's format becomes checked factors.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.save_pretrained` writes them. It
 comes from a stranger: sizes are bounded, every claim of both files is checked, and pickle files are never opened.
@@ -22,7 +22,7 @@ from synapse.models.adapter_config import AdapterConfig, parse_config
 from synapse.models.adapter_errors import LayerCorrupt, LayerRefused
 from synapse.models.base_names import says_another_model
 from synapse.models.config import PROJECTIONS, ModelConfig
-from synapse.models.safetensors_file import read_header, read_tensor
+from synapse.models.safetensors_file import read_header, read_stored
 
 __all__ = ["Adapter", "LayerCorrupt", "LayerRefused", "LoraFactors", "content_address", "read_adapter"]
 
@@ -43,18 +43,21 @@ PART = {name: "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") el
 FIT = "train the layer on the base model it is added to, or name that model with --base-model"
 
 
+Factor = NDArray[np.float32] | NDArray[np.float16]
+
+
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
     """The update of one linear projection: y += weight * scale * B (A x), for x of length in and y of length out.
 
     Attributes:
-        A: float32, shape (rank, in), C-contiguous.
-        B: float32, shape (out, rank), C-contiguous.
+        A: shape (rank, in), C-contiguous; float16 where the file holds that, else float32.
+        B: shape (out, rank), likewise.
         scale: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
     """
 
-    A: NDArray[np.float32]
-    B: NDArray[np.float32]
+    A: Factor
+    B: Factor
     scale: float
 
 
@@ -155,7 +158,7 @@ def check_adapter(
     slots = read_header(weight_bytes)
     if not slots:
         raise LayerRefused("empty", "the layer has no weights at all")
-    tensors: dict[tuple[int, str], dict[str, NDArray[np.float32]]] = {}
+    tensors: dict[tuple[int, str], dict[str, Factor]] = {}
     modules: dict[tuple[int, str], str] = {}
     for name, slot in slots.items():
         place = _place(name, said, config)
@@ -163,8 +166,8 @@ def check_adapter(
         if place.factor in tensors.get(key, {}) or modules.setdefault(key, place.module) != place.module:
             raise LayerCorrupt("duplicate_tensor", f"{name!r:.120} is the second {place.factor} of {place.module}")
         _check_shape(name, slot.shape, place, said, config)
-        values = read_tensor(weight_bytes, slot)
-        if not np.isfinite(values).all():
+        values = read_stored(weight_bytes, slot)
+        if not _is_finite(values):
             raise LayerCorrupt("not_finite", f"tensor {name!r:.120} holds NaN or infinite values")
         tensors.setdefault(key, {})[place.factor] = values
     factors: dict[tuple[int, str], LoraFactors] = {}
@@ -184,6 +187,12 @@ def check_adapter(
         size_bytes=len(config_bytes) + len(weight_bytes),
         factors=factors,
     )
+
+
+def _is_finite(values: Factor) -> bool:
+    if values.dtype == np.float16:  # its exponent, which NumPy looks at much faster than at the number
+        return bool(((values.view(np.uint16) & 0x7C00) != 0x7C00).all())
+    return bool(np.isfinite(values).all())
 
 
 def _refuse_pickle(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from synapse.commands import Argument, Context, command
 from synapse.models.library import open_library
+from synapse.models.manifest import ModelKind
 from synapse.models.record import LibraryModel
 
 
@@ -15,7 +16,8 @@ class PullModel(BaseModel):
     """What to pull."""
 
     source: Annotated[str, Argument()] = Field(
-        description="a known name, hf:ORGANISATION/REPOSITORY/FILE.gguf, or the path of a GGUF file"
+        description="a known name, hf:ORGANISATION/REPOSITORY/FILE.gguf or the path of a GGUF file; for an encoder"
+        " hf:ORGANISATION/REPOSITORY or the path of a folder"
     )
     name: str | None = Field(None, description="what to call it; by default its file name, in lower case")
 
@@ -42,6 +44,7 @@ class ModelInfo(BaseModel):
     """A model that is here."""
 
     name: str
+    kind: ModelKind = Field(description="`chat` answers; `encoder` makes vectors of texts")
     description: str
     licence: str
     source: str = Field(description="where it came from")
@@ -53,6 +56,7 @@ class ModelRow(BaseModel):
     """One line of the list."""
 
     name: str
+    kind: ModelKind = Field(description="`chat` answers; `encoder` makes vectors of texts")
     status: Literal["ready", "available"] = Field(description="here, or one `synapse model pull NAME` away")
     size_bytes: int
     licence: str
@@ -86,6 +90,7 @@ async def list_models(params: ListModels, context: Context) -> ModelRows:
     ready = [
         ModelRow(
             name=model.name,
+            kind=model.kind,
             status="ready",
             size_bytes=model.size_bytes,
             licence=model.licence,
@@ -96,6 +101,7 @@ async def list_models(params: ListModels, context: Context) -> ModelRows:
     available = [
         ModelRow(
             name=manifest.name,
+            kind=manifest.kind,
             status="available",
             size_bytes=sum(file.size for file in manifest.files),
             licence=manifest.licence,
@@ -124,6 +130,7 @@ async def remove_model(params: ModelName, context: Context) -> RemovedModel:
 def _info(model: LibraryModel) -> ModelInfo:
     return ModelInfo(
         name=model.name,
+        kind=model.kind,
         description=model.description,
         licence=model.licence,
         source=model.source,

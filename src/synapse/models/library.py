@@ -1,14 +1,15 @@
 """The models on this machine: pulled once, checked, and found again by name.
 
-Each model is a folder with its files and `model.json`, the record of what they are. Work in progress lies in `.partial`
-beside them and is renamed into place when it is complete, the record last; so what has a record is whole.
+A chat model is one GGUF file; an encoder is a few files, as sentence-transformers writes them. Each model is a folder
+with its files and `model.json`, the record of what they are. Work in progress lies in `.partial` beside them and is
+renamed into place when it is complete, the record last; so what has a record is whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from pydantic import ValidationError
 from synapse.commands import Context, Progress
 from synapse.commands.context import no_progress
 from synapse.errors import Conflict, NotFound, SynapseError, Unavailable
-from synapse.models.errors import ModelFileCorrupt
+from synapse.models.encoder_file import open_encoder_file
+from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.gguf_file import open_model_file
 from synapse.models.manifest import (
     MANIFESTS,
-    LocalFile,
     Manifest,
     ManifestFile,
     Source,
@@ -33,6 +34,7 @@ from synapse.models.manifest import (
 from synapse.models.record import RECORD, FileRecord, LibraryModel, Record
 from synapse.models.sources import fetch
 from synapse.models.transfer import Cancelled, DiskFull, Transfer, check_file, disk_errors, flush, sha256_of
+from synapse.models.wanted import same_model, shown_source, wanted_from
 
 SECONDS_BETWEEN_TRIES = 0.2
 
@@ -63,9 +65,10 @@ class ModelLibrary:
         """Bring a model here; nothing happens when it is here already.
 
         Args:
-            source: a name of the manifest, ``hf:ORGANISATION/REPOSITORY/FILE.gguf``, or the path of a GGUF file.
+            source: a name of the manifest; ``hf:ORGANISATION/REPOSITORY/FILE.gguf`` or the path of a GGUF file; for an
+                encoder, ``hf:ORGANISATION/REPOSITORY`` or the path of a folder.
             progress: told the bytes so far.
-            name: what to call it; with a name of the manifest, the file must be the one that the manifest describes.
+            name: what to call it; with a name of the manifest, the files must be those that the manifest describes.
 
         Raises:
             ModelNotFound: `source` is none of these.
@@ -130,33 +133,72 @@ class ModelLibrary:
         return model
 
     def resolve(self, name_or_path: str) -> Path:
-        """The GGUF file of a model that is here, or the path itself when it is that of a file.
+        """The GGUF file of a chat model that is here, or the path itself when it is that of a file.
 
         Raises:
             ModelNotFound: it is neither.
+            UnsupportedModel: the model is an encoder.
         """
         try:
-            return self.show(name_or_path).path
+            model = self.show(name_or_path)
         except SynapseError as error:
-            path = Path(name_or_path).expanduser()
-            if path.is_file():
-                return path.absolute()
-            if isinstance(error, ModelFileCorrupt):
-                raise
-            raise ModelNotFound(
-                f"there is no model {name_or_path[:200]!r} here", hint=self._how_to_get(name_or_path)
-            ) from None
+            return self._path_instead(name_or_path, error, Path.is_file)
+        if model.kind != "chat":
+            raise UnsupportedModel(
+                f"{model.name} is an encoder: it makes vectors of texts and cannot answer",
+                hint="name a chat model; `synapse model list` shows which is which",
+            )
+        return model.path
+
+    def resolve_encoder(self, name_or_path: str) -> Path:
+        """The folder of an encoder that is here, or the path itself when it is that of a folder.
+
+        Raises:
+            ModelNotFound: it is neither.
+            UnsupportedModel: the model is a chat model.
+        """
+        try:
+            return self.show_encoder(name_or_path).folder
+        except UnsupportedModel:
+            raise
+        except SynapseError as error:
+            return self._path_instead(name_or_path, error, Path.is_dir)
+
+    def show_encoder(self, name: str) -> LibraryModel:
+        """The encoder of that name.
+
+        Raises:
+            ModelNotFound: it is not here.
+            UnsupportedModel: the model is a chat model.
+        """
+        model = self.show(name)
+        if model.kind != "encoder":
+            raise UnsupportedModel(
+                f"{model.name} is a chat model: it answers, and makes no vectors of texts",
+                hint="name an encoder; `synapse model list` shows which is which",
+            )
+        return model
+
+    def _path_instead(self, text: str, error: SynapseError, exists: Callable[[Path], bool]) -> Path:
+        """The path that was meant by what is no model's name."""
+        path = Path(text).expanduser()
+        if exists(path):
+            return path.absolute()
+        if isinstance(error, ModelFileCorrupt):
+            raise error
+        raise ModelNotFound(f"there is no model {text[:200]!r} here", hint=self._how_to_get(text)) from None
 
     def _how_to_get(self, name: str) -> str:
         if name in self._manifests:
             return f"pull it: synapse model pull {name}"
         names = ", ".join(sorted(self._manifests))
         return (
-            f"pull it with `synapse model pull`: a GGUF file's path, hf:ORGANISATION/REPOSITORY/FILE.gguf, or {names}"
+            "pull it with `synapse model pull`: the path of a GGUF file or of an encoder's folder,"
+            f" hf:ORGANISATION/REPOSITORY/FILE.gguf, hf:ORGANISATION/REPOSITORY for an encoder, or {names}"
         )
 
     def _wanted(self, source: str, name: str | None) -> Manifest:
-        """What a pull has to end with. Unknown sha256 and size are left open: "" and -1."""
+        """What a pull has to end with."""
         if name is not None:
             check_model_name(name)
         if source in self._manifests:
@@ -167,14 +209,7 @@ class ModelLibrary:
         if place is None:
             raise ModelNotFound(f"no model {source[:200]!r} is known", hint=self._how_to_get(source))
         name = name or check_model_name(name_of(place))
-        if name in self._manifests:
-            known = self._manifests[name]
-            file = known.files[0]
-            return Manifest(
-                name, known.description, known.licence, (ManifestFile(file.name, file.sha256, file.size, (place,)),)
-            )
-        filename = place.path.name if isinstance(place, LocalFile) else Path(place.filename).name
-        return Manifest(name, "", "", (ManifestFile(filename, "", -1, (place,)),))
+        return wanted_from(place, name, self._manifests.get(name))
 
     def _pull(self, manifest: Manifest, transfer: Transfer) -> LibraryModel:
         with disk_errors(self._folder), self._lock(manifest.name, transfer):
@@ -183,7 +218,7 @@ class ModelLibrary:
             except ModelFileCorrupt:
                 present = None  # pulling mends it
             if present is not None:
-                return _same(present, manifest.files[0])
+                return same_model(present, manifest)
             work = self._partial(manifest.name)
             try:
                 work.mkdir(parents=True, exist_ok=True)
@@ -201,22 +236,24 @@ class ModelLibrary:
         for left_over in (ready, work / "damaged"):
             shutil.rmtree(left_over, ignore_errors=True)
         ready.mkdir()
-        records, places, description, licence = [], [], manifest.description, manifest.licence
+        records, sources = [], {}
         for file in manifest.files:
-            path, place = _fetch_checked(manifest, file, work, transfer)
-            opened = open_model_file(path)
-            description = description or opened.config.name
-            licence = licence or str(opened.metadata.get("general.license", "unknown"))
+            fetched = _fetch_checked(manifest, file, work, transfer)
+            if fetched is None:
+                continue
+            path, sources[file.name] = fetched
             sha256 = file.sha256 or sha256_of(path, transfer)
             records.append(FileRecord(name=file.name, sha256=sha256, size=path.stat().st_size))
-            places.append(str(place))
+            (ready / file.name).parent.mkdir(exist_ok=True)
             path.replace(ready / file.name)
+        description, licence = _open(manifest, ready)
         record = Record(
             name=manifest.name,
-            description=description[:200],
-            licence=licence[:100],
-            source=" ".join(places),
+            description=(manifest.description or description)[:200],
+            licence=(manifest.licence or licence)[:100],
+            source=shown_source(manifest.kind, sources),
             files=records,
+            kind=manifest.kind,
         )
         with (ready / RECORD).open("wb") as out:
             out.write(record.model_dump_json(indent=2).encode())
@@ -263,8 +300,26 @@ class ModelLibrary:
                     transfer.check()
 
 
-def _fetch_checked(manifest: Manifest, file: ManifestFile, work: Path, transfer: Transfer) -> tuple[Path, Source]:
-    """The file from the first source that has it, with the sha256 that the manifest demands."""
+def _open(manifest: Manifest, folder: Path) -> tuple[str, str]:
+    """Check that an engine can run what has arrived; the description and licence that it gives itself.
+
+    Raises:
+        ModelFileCorrupt, UnsupportedModel: none can.
+    """
+    if manifest.kind == "encoder":
+        config = open_encoder_file(folder, manifest.name).config
+        return f"a {config.architecture} encoder with {config.hidden} dimensions", "unknown"
+    opened = open_model_file(folder / manifest.files[0].name)
+    return opened.config.name, str(opened.metadata.get("general.license", "unknown"))
+
+
+def _fetch_checked(
+    manifest: Manifest, file: ManifestFile, work: Path, transfer: Transfer
+) -> tuple[Path, Source] | None:
+    """The file from the first source that has it, with the sha256 that the manifest demands.
+
+    None when no source has it and it is optional.
+    """
     failures: list[SynapseError] = []
     for source in file.sources:
         try:
@@ -278,33 +333,16 @@ def _fetch_checked(manifest: Manifest, file: ManifestFile, work: Path, transfer:
         else:
             return path, source
     last = failures[-1]
+    if isinstance(last, NotFound) and file.optional:
+        return None
     if isinstance(last, Unavailable) and file.sha256:
+        what = "a folder with its files" if manifest.kind == "encoder" else file.name
+        place = "folder" if manifest.kind == "encoder" else file.name
         last.hint = (
-            f"{last.hint}; or fetch {file.name} on another machine and run"
-            f" `synapse model pull /path/to/{file.name} --name {manifest.name}`"
+            f"{last.hint}; or fetch {what} on another machine and run"
+            f" `synapse model pull /path/to/{place} --name {manifest.name}`"
         )
     raise last
-
-
-def _same(present: LibraryModel, wanted: ManifestFile) -> LibraryModel:
-    """The model that is here, if it is what a pull would bring.
-
-    Raises:
-        Conflict: it is another one.
-    """
-    source = wanted.sources[0]
-    if wanted.sha256:
-        same = present.files[0].sha256 == wanted.sha256
-    elif isinstance(source, LocalFile) and source.path.is_file():
-        same = source.path.stat().st_size == present.size_bytes and sha256_of(source.path) == present.files[0].sha256
-    else:
-        same = present.source == str(source)
-    if not same:
-        raise Conflict(
-            f"there is another model called {present.name} here, from {present.source}",
-            hint=f"choose another name with --name, or remove it first: synapse model rm {present.name}",
-        )
-    return present
 
 
 @asynccontextmanager

@@ -8,11 +8,13 @@ from typing import Self
 
 from pydantic import BaseModel, Field, field_validator
 
+from synapse.models.manifest import ModelKind
+
 RECORD = "model.json"
 
 
 class FileRecord(BaseModel):
-    """One file of a model: its name in the model's folder, its sha256 and its size in bytes."""
+    """One file of a model: its path in the model's folder (with `/`), its sha256 and its size in bytes."""
 
     name: str
     sha256: str
@@ -20,8 +22,8 @@ class FileRecord(BaseModel):
 
     @field_validator("name")
     @classmethod
-    def _plain(cls, name: str) -> str:
-        if Path(name).name != name or name in ("", ".", ".."):
+    def _inside(cls, name: str) -> str:
+        if any(Path(part).name != part or part in ("", ".", "..") for part in name.split("/")):
             raise ValueError("the name of a file in the model's folder is expected")
         return name
 
@@ -34,6 +36,7 @@ class Record(BaseModel):
     licence: str
     source: str
     files: list[FileRecord] = Field(min_length=1)
+    kind: ModelKind = "chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +53,24 @@ class LibraryModel:
     source: str
     folder: Path
     files: tuple[FileRecord, ...]
+    kind: ModelKind = "chat"
 
     @classmethod
     def of(cls, record: Record, folder: Path) -> Self:
         """The model whose record lies in a folder."""
         return cls(
-            record.name, record.description, record.licence, record.source, folder.absolute(), tuple(record.files)
+            name=record.name,
+            description=record.description,
+            licence=record.licence,
+            source=record.source,
+            folder=folder.absolute(),
+            files=tuple(record.files),
+            kind=record.kind,
         )
 
     @property
     def path(self) -> Path:
-        """Its GGUF file."""
+        """The GGUF file of a chat model."""
         return self.folder / self.files[0].name
 
     @property

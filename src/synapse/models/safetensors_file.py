@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from synapse.models.adapter_errors import LayerCorrupt, LayerRefused
 
 MAX_HEADER_BYTES = 2**20
 MAX_DIMENSIONS = 8
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+"""The types that `read_tensor` turns into float32."""
 HINT = "the file is damaged or was not written whole: fetch or save it again"
 
 
@@ -68,16 +70,16 @@ def _whole(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _slot(name: str, entry: object, start: int, size: int) -> TensorSlot:
+def _slot(name: str, entry: object, start: int, size: int, item_bytes: Mapping[str, int]) -> TensorSlot:
     """One entry of the header, checked against the `size` of the file whose data begins at `start`."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise LayerCorrupt("bad_header", f"tensor {name!r} needs dtype, shape and data_offsets", hint=HINT)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in item_bytes:
         raise LayerRefused(
             "bad_dtype",
-            f"tensor {name!r} has the type {dtype!r}; a layer holds {', '.join(ITEM_BYTES)}",
-            hint="save the adapter in float32, float16 or bfloat16",
+            f"tensor {name!r} has the type {dtype!r}; what is read is {', '.join(item_bytes)}",
+            hint="save it in float32, float16 or bfloat16",
         )
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_whole(n) for n in shape):
         raise LayerCorrupt("bad_header", f"tensor {name!r} has no valid shape", hint=HINT)
@@ -88,18 +90,21 @@ def _slot(name: str, entry: object, start: int, size: int) -> TensorSlot:
         raise LayerCorrupt(
             "truncated", f"tensor {name!r} should end at byte {end}, but the file has {size} bytes", hint=HINT
         )
-    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+    if end - begin != math.prod(shape) * item_bytes[dtype]:
         raise LayerCorrupt(
             "size_lie",
-            f"tensor {name!r} says {dtype}{shape}, {math.prod(shape) * ITEM_BYTES[dtype]} bytes, "
+            f"tensor {name!r} says {dtype}{shape}, {math.prod(shape) * item_bytes[dtype]} bytes, "
             f"but its offsets span {end - begin}",
             hint=HINT,
         )
     return TensorSlot(dtype, tuple(shape), begin, end)
 
 
-def read_header(data: bytes) -> Mapping[str, TensorSlot]:
+def read_header(data: bytes | mmap, item_bytes: Mapping[str, int] = ITEM_BYTES) -> Mapping[str, TensorSlot]:
     """Every tensor of the file and where it lies, in the order of the data.
+
+    Args:
+        item_bytes: the types that a tensor may have, and the bytes of one number.
 
     Raises:
         LayerCorrupt: ``truncated``, ``bad_json``, ``bad_header``, or ``size_lie`` when lengths and offsets do not
@@ -126,7 +131,7 @@ def read_header(data: bytes) -> Mapping[str, TensorSlot]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise LayerCorrupt("bad_header", "__metadata__ must map text to text", hint=HINT)
-    slots = {name: _slot(name, entry, start, size) for name, entry in header.items()}
+    slots = {name: _slot(name, entry, start, size, item_bytes) for name, entry in header.items()}
     ordered = dict(sorted(slots.items(), key=lambda item: (item[1].begin, item[1].end)))
     position = start
     for name, slot in ordered.items():
@@ -139,13 +144,18 @@ def read_header(data: bytes) -> Mapping[str, TensorSlot]:
     return ordered
 
 
-def read_tensor(data: bytes, slot: TensorSlot) -> NDArray[np.float32]:
+def read_tensor(data: bytes | mmap, slot: TensorSlot) -> NDArray[np.float32]:
     """The values as float32, in the slot's shape; a copy that does not keep `data` alive."""
-    raw = data[slot.begin : slot.end]
+    return read_stored(data, slot).astype(np.float32, copy=False)
+
+
+def read_stored(data: bytes | mmap, slot: TensorSlot) -> NDArray[np.float32] | NDArray[np.float16]:
+    """As `read_tensor`, but float16 stays float16."""
+    raw = memoryview(data)[slot.begin : slot.end]
+    if slot.dtype == "F16":
+        return np.frombuffer(raw, dtype="<f2").astype(np.float16).reshape(slot.shape)
     if slot.dtype == "F32":
         values = np.frombuffer(raw, dtype="<f4").astype(np.float32)
-    elif slot.dtype == "F16":
-        values = np.frombuffer(raw, dtype="<f2").astype(np.float32)
     else:  # a bfloat16 is the upper half of a float32
         values = (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
     return values.reshape(slot.shape)

@@ -36,7 +36,7 @@ def fetch(source: Source, work: Path, transfer: Transfer) -> Path:
 
 def _copy_local(path: Path, work: Path, transfer: Transfer) -> Path:
     if not path.is_file():
-        raise NotFound(f"there is no file {path}", hint="give the path of a GGUF file")
+        raise NotFound(f"there is no file {path}", hint="give the path of a GGUF file, or of a folder with an encoder")
     size = path.stat().st_size
     check_room(work, size)
     target = work / "copy.gguf"

@@ -17,7 +17,7 @@ from synapse.commands import Context
 from synapse.engines import open_engines
 from synapse.errors import InternalError, InvalidInput, NotFound, SynapseError
 from synapse.hotpath.watch import open_hotpaths
-from synapse.server import health, metrics, openai_routes
+from synapse.server import embeddings, health, metrics, openai_routes
 from synapse.server.command_routes import command_routes
 from synapse.server.errors import WrongMethod, error_response, from_validation
 from synapse.server.limits import Slots
@@ -47,6 +47,7 @@ def create_app(context: Context, *, body_timeout: float = 30.0) -> FastAPI:
     app.include_router(health.router)
     app.include_router(metrics.router)
     app.include_router(openai_routes.router)
+    app.include_router(embeddings.router)
     app.include_router(command_routes())
     app.add_middleware(RequestLog)
     app.exception_handler(SynapseError)(_known_error)

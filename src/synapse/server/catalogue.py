@@ -1,13 +1,15 @@
-"""What can be asked for as `model`: the personas, and the base models that are here."""
+"""What can be asked for as `model`: the personas, the base models that are here, and for vectors the encoders."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from synapse.commands import Context
 from synapse.models.library import open_library
+from synapse.models.manifest import ModelKind
 from synapse.personas.entities import Persona
 from synapse.personas.sampling import SamplingDefaults
 from synapse.server.errors import UnknownModel
@@ -40,7 +42,37 @@ async def list_served(context: Context) -> list[Served]:
     store = await context.get(open_store)
     personas = [Served(each.name, each, True) for each in await store.list(Persona, order_by="name")]
     taken = {each.name for each in personas}
-    return [*personas, *(_base(name) for name in await _pulled(context) if name not in taken)]
+    return [*personas, *(_base(name) for name in await _pulled(context, "chat") if name not in taken)]
+
+
+async def list_encoders(context: Context) -> list[str]:
+    """The names of the encoders that are here."""
+    return await _pulled(context, "encoder")
+
+
+async def list_as_wire(context: Context) -> list[dict[str, Any]]:
+    """OpenAI's model objects of all that is served."""
+    encoders = [encoder_as_wire(name) for name in await list_encoders(context)]
+    return [*(each.as_wire() for each in await list_served(context)), *encoders]
+
+
+async def show_as_wire(context: Context, name: str) -> dict[str, Any]:
+    """OpenAI's model object of a persona, a base model or an encoder.
+
+    Raises:
+        UnknownModel: there is none of this name.
+    """
+    try:
+        return (await find_served(context, name)).as_wire()
+    except UnknownModel:
+        if name in await list_encoders(context):
+            return encoder_as_wire(name)
+        raise
+
+
+def encoder_as_wire(name: str) -> dict[str, Any]:
+    """OpenAI's model object of an encoder."""
+    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "encoder"}
 
 
 async def find_served(context: Context, name: str) -> Served:
@@ -55,14 +87,14 @@ async def find_served(context: Context, name: str) -> Served:
     persona = await store.find(Persona, name=name)
     if persona is not None:
         return Served(name, persona, True)
-    if name in await _pulled(context):
+    if name in await _pulled(context, "chat"):
         return _base(name)
     raise UnknownModel(f"there is no model {name[:200]!r}", hint="GET /v1/models lists them", param="model")
 
 
-async def _pulled(context: Context) -> list[str]:
+async def _pulled(context: Context, kind: ModelKind) -> list[str]:
     library = await context.get(open_library)
-    return [each.name for each in await asyncio.to_thread(library.list)]
+    return [each.name for each in await asyncio.to_thread(library.list) if each.kind == kind]
 
 
 def _base(name: str) -> Served:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from synapse.engines import BadGrammar, ContextOverflow
-from synapse.server.catalogue import find_served, list_served
+from synapse.server.catalogue import list_as_wire, show_as_wire
 from synapse.server.event_stream import EventStream
 from synapse.server.generation import Generation, collect, unless_gone
 from synapse.server.prompts import Prepared, prepare_chat, prepare_completions
@@ -34,16 +34,16 @@ router = APIRouter(route_class=guarded("chat"), tags=["openai"])
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """List the personas, and the base models that are pulled."""
+    """List the personas, and the base models and encoders that are pulled."""
     state: ServerState = request.app.state.server
-    return {"object": "list", "data": [each.as_wire() for each in await list_served(state.context)]}
+    return {"object": "list", "data": await list_as_wire(state.context)}
 
 
 @router.get("/v1/models/{model:path}")
 async def show_model(request: Request, model: str) -> dict[str, Any]:
-    """Describe one persona or base model."""
+    """Describe one persona, base model or encoder."""
     state: ServerState = request.app.state.server
-    return (await find_served(state.context, model)).as_wire()
+    return await show_as_wire(state.context, model)
 
 
 @router.post("/v1/chat/completions")
