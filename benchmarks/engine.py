@@ -1,142 +1,229 @@
-"""How fast the engine prefills and decodes: alone, in a batch, with one layer for all and with a layer each.
+"""The engine beside llama.cpp, its own NumPy reference and the limits of the machine, in one run.
 
-    python -m benchmarks.engine [--json] [--model NAME] [--backend reference] [--rank 16] [--tokens 48] [--peers]
+    python -m benchmarks.engine --peers --json [--quick] [--model NAME] [--backend auto]
 
-Beside every figure stand the two limits of the machine, measured in the same run: the bytes that a step must read over
-the memory bandwidth, and its operations over the arithmetic peak.
+Speed: decoding with and without layers, and prefill; contenders take turns, the median of the rounds counts. Quality:
+divergence of the logits from those of float32, and perplexity. Memory: that of one worker, and how fast it opens and
+loads layers. All with two threads. See docs/guide/benchmarks.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import os
+import statistics
+import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import structlog
+
+from benchmarks import engine_limits, engine_memory, engine_quality, engine_speed
+from benchmarks.engine_peers import HOW_TO_GET, QUANTISED, LlamaCpp, Peer, open_peers
+from benchmarks.engine_speed import OURS, WORKS, Contenders
 from benchmarks.layers import random_adapter
-from benchmarks.report import Report, float_peak, parser, peak_memory, publish, read_bandwidth
+from benchmarks.report import Report, parser, publish
 from synapse.commands import Context
 from synapse.config import load_settings
-from synapse.engines import Delta, Engine, Request, Sampling, open_engine
+from synapse.engines import Engine, Limits
+from synapse.engines.engine import open_engine_file
+from synapse.engines.native.packed_file import Quantisation
+from synapse.errors import SynapseError, Unavailable
+from synapse.models.gguf_file import open_model_file
 from synapse.models.library import open_library
 
-BATCHES = (1, 4, 8)
-PROMPT_TOKENS = 64
-PREFILL_TOKENS = 512
-GREEDY = Sampling(temperature=0)
+THREADS = 2
+LAYERS = max(work.layers for work in WORKS)
+STRENGTH = 4.0
+"""Of the layer with which quality is measured: it changes the answers more than quantisation does."""
+WORKER_LAYERS = 20
+COMPARED = 4
+"""Windows of the text whose logits are compared: 2,048 positions."""
+LIMITS = Limits(
+    threads=THREADS, max_batch=LAYERS, kv_cache_tokens=512 * LAYERS, max_layers=LAYERS + 1, max_layer_bytes=2**31
+)
+QUANTISATIONS: dict[str, Quantisation] = {"int8": "int8", "4-bit": "4bit"}
 
 
-def prompt(engine: Engine, tokens: int, salt: int) -> tuple[int, ...]:
-    """A prompt of exactly so many tokens that shares no prefix with one of another salt."""
-    text = f"{salt}. The captain looked at the map and said that the next harbour was far away. " * tokens
-    return tuple(engine.tokenizer.encode(text)[:tokens])
+def model_path(name: str) -> Path:
+    """The GGUF file of a model of the library, pulled if need be, or the file itself."""
+    file = Path(name)
+    return file.resolve() if file.is_file() else asyncio.run(pull(name))
 
 
-def prefill_speed(engine: Engine, salt: int) -> float:
-    """Prompt tokens per second of one long prompt."""
-    engine.add(Request(prompt(engine, PREFILL_TOKENS, salt), sampling=GREEDY, max_tokens=1))
-    start = time.perf_counter()
-    while engine.busy:
-        engine.step()
-    return PREFILL_TOKENS / (time.perf_counter() - start)
-
-
-def decode_speed(engine: Engine, batch: int, layers: list[str], tokens: int) -> float:
-    """Tokens per second, over all sequences, once every prompt is in the cache. Sequence i uses layers[i % len]."""
-    for i in range(batch):
-        stack = ((layers[i % len(layers)], 1.0),) if layers else ()
-        request = Request(prompt(engine, PROMPT_TOKENS, i), stack, GREEDY, tokens, ignore_eos=True)
-        engine.add(request)
-    started: set[str] = set()
-    while len(started) < batch:
-        started |= {event.request_id for event in engine.step() if isinstance(event, Delta)}
-    count, start = 0, time.perf_counter()
-    while engine.running == batch:
-        count += sum(isinstance(event, Delta) for event in engine.step())
-    speed = count / (time.perf_counter() - start)
-    while engine.busy:
-        engine.step()
-    return speed
-
-
-def transformers_speed(path: Path, engine: Engine, tokens: int) -> float:
-    """Decode tokens per second of transformers on the same dequantised weights, float32, one sequence."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    ids = torch.tensor([prompt(engine, PROMPT_TOKENS, 0)])
-    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with torch.inference_mode():
-        model.generate(ids, max_new_tokens=2, **settings)
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=2, **settings)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=2 + tokens, **settings)
-    return tokens / (time.perf_counter() - start - first)
-
-
-async def model_path(name: str) -> Path:
+async def pull(name: str) -> Path:
     async with Context(load_settings()) as context:
         library = await context.get(open_library)
         await library.pull(name)
         return library.resolve(name)
 
 
-def main() -> None:
-    options = parser(__doc__ or "")
-    options.add_argument("--model", default="smollm2-135m")
+def say(text: str) -> None:
+    """Progress, where it is not in the way of the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def find_peer(args: argparse.Namespace, stack: ExitStack) -> LlamaCpp | None:
+    if not args.peers:
+        return None
+    if not args.peer_python:
+        say(HOW_TO_GET)
+        return None
+    try:
+        return stack.enter_context(LlamaCpp(args.peer_python))
+    except Unavailable as error:
+        say(f"{error.message}\n{error.hint}")
+        return None
+
+
+def measure_memory(report: Report, model: Path, backend: Any, layers: Sequence[Path]) -> None:
+    rows = engine_memory.measure(model, backend, THREADS, layers[:WORKER_LAYERS])
+    report.rows[f"worker with {WORKER_LAYERS} layers"] = rows
+    second = rows[-1]
+    report.figures |= {
+        "worker_resident_bytes": second["resident_bytes"],
+        "worker_second_open_seconds": second["open_seconds"],
+        "load_layer_seconds": second["load_layer_seconds"],
+        "bytes_freed_by_unloading": second["resident_bytes"] - second["unloaded_resident_bytes"],
+    }
+
+
+def measure_speed(report: Report, everybody: Contenders, args: argparse.Namespace) -> None:
+    report.rows["ratios"], report.rows["limits"] = [], []
+    before = engine_limits.measure_machine(THREADS)
+    reached = {}
+    for work in WORKS:
+        say(work.name)
+        speeds = engine_speed.take_turns(engine_speed.turns(work, everybody, args.tokens), args.rounds)
+        report.rows[f"tokens per second: {work.name}"] = engine_speed.table(speeds)
+        report.rows["ratios"] += engine_speed.ratios(work, speeds)
+        reached[work] = statistics.median(speeds[OURS])
+    after = engine_limits.measure_machine(THREADS)  # again, since other programs may be in the way
+    machine = engine_limits.Machine(max(before.bandwidth, after.bandwidth), max(before.float_peak, after.float_peak))
+    report.figures["memory_bandwidth_bytes_per_second"] = machine.bandwidth
+    report.figures["float_operations_per_second"] = machine.float_peak
+    for work, speed in reached.items():
+        report.rows["limits"].append(
+            engine_limits.limits(everybody.engine, machine, work, rank=args.rank, tokens=args.tokens, reached=speed)
+        )
+    if not report.rows["ratios"]:
+        del report.rows["ratios"]
+
+
+def logits_of(engine: Engine, layer: Path) -> engine_quality.Model:
+    layer_id = engine.load_layer(layer)
+    return lambda tokens, on: engine.logits(tokens, ((layer_id, 1.0),) if on else ())
+
+
+def peer_logits(peer: Peer) -> engine_quality.Model:
+    return lambda tokens, on: peer.logits(tokens, LAYERS if on else None)
+
+
+def measure_quality(
+    report: Report, everybody: Contenders, quantised: dict[str, Engine], layer: Path, args: argparse.Namespace
+) -> None:
+    truth = everybody.reference or everybody.engine
+    quality = engine_quality.measure(
+        logits_of(truth, layer),
+        {name: logits_of(engine, layer) for name, engine in quantised.items()},
+        {peer.name: peer_logits(peer) for peer in everybody.peers},
+        engine_quality.windows(truth.tokenizer, args.perplexity_tokens),
+        compared=COMPARED,
+        say=say,
+    )
+    if quality.comparisons:
+        report.rows["divergence from float32"] = quality.divergence_rows()
+    report.rows["perplexity"] = quality.perplexity_rows()
+
+
+def open_quantised(model: Path, engine: Engine, stack: ExitStack) -> dict[str, Engine]:
+    """The engine as it is, and with everything in 8 and in 4 bits; nothing if it is the reference."""
+    if not engine_limits.is_native(engine):
+        return {}
+    engines = {f"{OURS} as shipped": engine}
+    for name, quantisation in QUANTISATIONS.items():
+        limits = replace(LIMITS, quantisation=quantisation)
+        engines[f"{OURS} {name}"] = open_engine_file(model, "native", limits, model.parent.name)
+        stack.callback(engines[f"{OURS} {name}"].close)
+    return engines
+
+
+def read_options() -> argparse.Namespace:
+    options = parser("The engine beside llama.cpp, its NumPy reference and the limits of the machine.")
+    options.add_argument("--model", default="smollm2-135m", help="of the library, or a GGUF file")
     options.add_argument("--backend", default="auto", choices=["auto", "reference", "native"])
-    options.add_argument("--rank", type=int, default=16)
-    options.add_argument("--tokens", type=int, default=48, help="tokens decoded per sequence")
-    options.add_argument("--peers", action="store_true", help="also run transformers on the same weights")
+    options.add_argument("--rank", type=int, default=16, help="of the layers, which are on all linear maps")
+    options.add_argument("--tokens", type=int, default=32, help="decoded per sequence and turn")
+    options.add_argument("--rounds", type=int, default=5, help="counted, after one that warms up")
+    options.add_argument("--peers", action="store_true", help="llama.cpp too, and quality")
+    options.add_argument("--peer-python", default=os.environ.get("SYNAPSE_PEER_PYTHON"), help="has llama-cpp-python")
+    options.add_argument("--formats", nargs="*", choices=QUANTISED, default=["Q4_0", "Q8_0", "BF16"])
+    options.add_argument("--quality", action="store_true", help="divergence and perplexity without peers as well")
+    options.add_argument("--perplexity-tokens", type=int, default=50_000)
+    options.add_argument("--quick", action="store_true", help="one short round of everything, for a look")
     args = options.parse_args()
+    if args.quick:
+        args.tokens, args.rounds, args.perplexity_tokens = min(args.tokens, 4), 1, 2 * engine_quality.WINDOW
+    return args
 
-    path = asyncio.run(model_path(args.model))
-    start = time.perf_counter()
-    engine = open_engine(args.model, args.backend)
-    opened = time.perf_counter() - start
 
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [random_adapter(Path(folder) / str(i), engine.config, rank=args.rank, seed=i) for i in range(8)]
-        layers = [engine.load_layer(path) for path in paths]
-        prefill_speed(engine, salt=1)
-        prefill = prefill_speed(engine, salt=2)
-        for batch in BATCHES:
-            for kind, used in (("none", []), ("same", layers[:1]), ("different", layers)):
-                speed = decode_speed(engine, batch, used, args.tokens)
-                rows.append({"batch": batch, "layers": kind, "tokens_per_second": speed})
-    memory = peak_memory()
-
-    alone = next(row["tokens_per_second"] for row in rows if row["batch"] == 1 and row["layers"] == "none")
-    bandwidth, peak = read_bandwidth(), float_peak()
+def main() -> None:
+    args = read_options()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    model = model_path(args.model)
     report = Report(
         "engine",
-        settings={"model": args.model, "backend": args.backend, "rank": args.rank, "prompt_tokens": PROMPT_TOKENS},
-        figures={
-            "open_seconds": opened,
-            "prefill_tokens_per_second": prefill,
-            "decode_tokens_per_second": alone,
-            "peak_memory_bytes": memory,
-            "weight_bytes": engine.weight_bytes,
-            "memory_bandwidth_bytes_per_second": bandwidth,
-            "float_operations_per_second": peak,
-            "decode_limit_tokens_per_second": bandwidth / engine.weight_bytes,
-            "decode_share_of_limit": alone * engine.weight_bytes / bandwidth,
-            "prefill_limit_tokens_per_second": peak / (2 * engine.weight_bytes / 4),
-            "prefill_share_of_limit": prefill * 2 * engine.weight_bytes / 4 / peak,
+        settings={
+            "model": model.name,
+            "threads": THREADS,
+            "rank": args.rank,
+            "prompt_tokens": engine_speed.PROMPT_TOKENS,
+            "decoded_tokens": args.tokens,
+            "rounds": args.rounds,
+            "load before": round(os.getloadavg()[0], 2),
         },
-        rows={"decode": rows},
     )
-    if args.peers:
-        peer = transformers_speed(path, engine, args.tokens)
-        report.figures["transformers_decode_tokens_per_second"] = peer
-        report.figures["decode_ratio_to_transformers"] = alone / peer
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        config = open_model_file(model).config
+        layers = [
+            random_adapter(folder / str(i), config, rank=args.rank, seed=i, dtype=np.float16) for i in range(LAYERS)
+        ]
+        strong = random_adapter(
+            folder / "strong", config, rank=args.rank, seed=LAYERS, dtype=np.float16, strength=STRENGTH
+        )
+        say("memory of a worker")
+        measure_memory(report, model, args.backend, layers)
+        engine = open_engine_file(model, args.backend, LIMITS, model.parent.name)
+        native = engine_limits.is_native(engine)
+        reference = open_engine_file(model, "reference", LIMITS, model.parent.name) if native else None
+        report.settings["backend"] = "native" if native else "reference"
+        ids = [engine.load_layer(layer) for layer in layers]
+        for layer in layers[:8]:
+            if reference is not None:
+                reference.load_layer(layer)
+        peers: list[Peer] = []
+        worker = find_peer(args, stack)
+        if worker is not None:
+            say(f"llama.cpp: {', '.join(args.formats)}")
+            report.settings |= {"llama-cpp-python": worker.version, "llama.cpp": worker.system.strip()}
+            peers = open_peers(worker, model, [*layers, strong], config, folder=folder, formats=args.formats)
+        everybody = Contenders(engine, reference, ids, peers)
+        measure_speed(report, everybody, args)
+        if args.peers or args.quality:
+            measure_quality(report, everybody, open_quantised(model, engine, stack), strong, args)
+    report.settings["load after"] = round(os.getloadavg()[0], 2)
     publish(report, as_json=args.json)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SynapseError as error:
+        sys.exit(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))

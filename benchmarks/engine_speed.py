@@ -1,0 +1,164 @@
+"""The engine's speed beside that of its peers: every contender does the same work, and they take turns in rounds."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from benchmarks.engine_peers import Peer
+from synapse.engines import Delta, Engine, Request, Sampling
+
+PROMPT_TOKENS = 64
+PREFILL_TOKENS = 512
+PAUSE = 0.2
+"""Seconds before each turn. BLAS and OpenMP threads go on spinning for a while, in the way of whoever comes next."""
+GREEDY = Sampling(temperature=0)
+OURS, OURS_ONE_LAYER, REFERENCE = "Synapse", "Synapse, one layer for all", "Synapse's NumPy reference"
+
+Prompt = tuple[int, ...]
+Turn = Callable[[], float]
+"""Does the work once and returns tokens per second."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What is measured. With layers, sequence i uses layer i.
+
+    Attributes:
+        prefill: a prompt of `PREFILL_TOKENS` tokens; otherwise decoding after prompts of `PROMPT_TOKENS`.
+        at_least: the ratio that is asked for, by contender; "llama.cpp" stands for the fastest of its formats.
+    """
+
+    name: str
+    sequences: int = 1
+    layers: int = 0
+    prefill: bool = False
+    at_least: Mapping[str, float] = field(default_factory=dict)
+
+
+WORKS = (
+    Work("8 sequences, 8 layers", 8, 8, at_least={"llama.cpp": 5.0, REFERENCE: 10.0}),
+    Work("32 sequences, 32 layers", 32, 32, at_least={"llama.cpp": 6.0, OURS_ONE_LAYER: 0.8}),
+    Work("8 sequences, no layers", 8, at_least={"llama.cpp": 1.5}),
+    Work("1 sequence, no layer", at_least={"llama.cpp": 1.1}),
+    Work(f"prefill of {PREFILL_TOKENS} tokens", prefill=True, at_least={"llama.cpp": 1.3}),
+)
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """Who takes part. `layers` are the ids of the same layers in the engine and in the reference, if there is one."""
+
+    engine: Engine
+    reference: Engine | None
+    layers: Sequence[str]
+    peers: Sequence[Peer]
+
+
+def prompt(engine: Engine, tokens: int, salt: int) -> Prompt:
+    """A prompt of exactly so many tokens that shares no prefix with one of another salt."""
+    text = f"{salt}. The captain looked at the map and said that the next harbour was far away. "
+    one = len(engine.tokenizer.encode(text))
+    return tuple(engine.tokenizer.encode(text * (tokens // one + 2))[:tokens])
+
+
+def prefill(engine: Engine, salts: Iterator[int]) -> float:
+    """Prompt tokens per second of one long prompt, which the engine has not seen before."""
+    tokens = prompt(engine, PREFILL_TOKENS, next(salts))
+    start = time.perf_counter()
+    engine.add(Request(tokens, sampling=GREEDY, max_tokens=1))
+    while engine.busy:
+        engine.step()
+    return PREFILL_TOKENS / (time.perf_counter() - start)
+
+
+def decode(engine: Engine, prompts: Sequence[Prompt], layers: Sequence[str], tokens: int) -> float:
+    """Tokens per second, over all sequences, of so many steps once every prompt is in the cache."""
+    longest = engine.context - PROMPT_TOKENS
+    ids = [
+        engine.add(Request(prompt, ((layer, 1.0),) if layer else (), GREEDY, longest, ignore_eos=True))
+        for prompt, layer in itertools.zip_longest(prompts, layers)
+    ]
+    started: set[str] = set()
+    while len(started) < len(prompts):
+        started |= {event.request_id for event in engine.step() if isinstance(event, Delta)}
+    start = time.perf_counter()
+    count = sum(len(event.tokens) for _ in range(tokens) for event in engine.step() if isinstance(event, Delta))
+    seconds = time.perf_counter() - start
+    for request_id in ids:
+        engine.cancel(request_id)
+    while engine.busy:
+        engine.step()
+    return count / seconds
+
+
+def turns(work: Work, all_: Contenders, tokens: int) -> dict[str, Turn]:
+    """Who does this work, and how."""
+    engine, reference = all_.engine, all_.reference
+    found: dict[str, Turn] = {}
+    if work.prefill:
+        long = prompt(engine, PREFILL_TOKENS, 0)
+        found[OURS] = partial(prefill, engine, itertools.count(1))
+        for peer in all_.peers:
+            found[peer.name] = partial(peer.prefill, long)
+        return found
+    prompts = [prompt(engine, PROMPT_TOKENS, i) for i in range(work.sequences)]
+    layers = all_.layers[: work.layers]
+    found[OURS] = partial(decode, engine, prompts, layers, tokens)
+    if OURS_ONE_LAYER in work.at_least:
+        found[OURS_ONE_LAYER] = partial(decode, engine, prompts, [layers[0]] * work.sequences, tokens)
+    if REFERENCE in work.at_least and reference is not None:
+        found[REFERENCE] = partial(decode, reference, prompts, layers, max(1, tokens // 4))
+    for peer in all_.peers:
+        if work.layers:
+            found[peer.name] = partial(peer.decode_apart, prompts, tokens, lanes=1)
+            found[f"{peer.name}, two at a time"] = partial(peer.decode_apart, prompts, tokens, lanes=2)
+        else:
+            found[peer.name] = partial(peer.decode, prompts, tokens)
+    return found
+
+
+def take_turns(contenders: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:
+    """The speeds of all rounds but the first, which warms up. Another contender begins every round."""
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            time.sleep(PAUSE)
+            speed = contenders[name]()
+            if turn:
+                speeds[name].append(speed)
+    return speeds
+
+
+def table(speeds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """One row per contender; the ratio is ours to theirs."""
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    return [
+        {
+            "contender": name,
+            "tokens_per_second": medians[name],
+            "slowest": min(values),
+            "fastest": max(values),
+            "ratio": medians[OURS] / medians[name],
+        }
+        for name, values in speeds.items()
+    ]
+
+
+def ratios(work: Work, speeds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Our speed as a multiple of each contender's that something is asked for, llama.cpp being as fast as it can."""
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    rows = []
+    for who, at_least in work.at_least.items():
+        beside = [name for name in medians if name.startswith(who)]
+        if beside:
+            against = max(beside, key=lambda name: medians[name])
+            ratio = medians[OURS] / medians[against]
+            rows.append({"work": work.name, "against": against, "ratio": ratio, "at_least": at_least})
+    return rows

@@ -1,0 +1,68 @@
+"""Other programs on the machine: how much of the CPU they take, and waiting until they rest.
+
+Threads that wait for one another by spinning suffer far more from a busy neighbour than its share of the CPU, so a
+measurement beside one says little.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STAT = Path("/proc/stat")
+IDLE, IOWAIT, GUEST = 3, 4, 8
+"""Fields of the first line of /proc/stat (see proc(5)); guest time is counted in user time already."""
+QUIET = 0.1
+"""The largest share of the CPU that others may take while something is measured."""
+
+
+@dataclass
+class Neighbours:
+    """Everything but this process and `ours`, which are process ids.
+
+    Attributes:
+        patience: seconds that may still be spent on waiting and on measuring again.
+        worst: the largest share of the CPU that others took in a measurement that counted; 0 where the system does
+            not say.
+    """
+
+    ours: Sequence[int] = ()
+    patience: float = 0.0
+    worst: float = field(default=0.0, init=False)
+
+    def measure(self, work: Callable[[], float], pause: float) -> float:
+        """The result of `work`, done after a pause of so many seconds, and again while others disturb it."""
+        while True:
+            started = time.monotonic()
+            while self._share(lambda: time.sleep(pause)) > QUIET and time.monotonic() - started < self.patience:
+                pass
+            results: list[float] = []
+            share = self._share(lambda: results.append(work()))
+            taken = time.monotonic() - started
+            if share <= QUIET or taken > self.patience:
+                self.worst = max(self.worst, share)
+                return results[0]
+            self.patience -= taken
+
+    def _share(self, work: Callable[[], object]) -> float:
+        """The share of the CPU that others took while `work` ran."""
+        start, busy = time.monotonic(), self._others_seconds()
+        work()
+        cores = os.cpu_count() or 1
+        return max(0.0, self._others_seconds() - busy) / (cores * (time.monotonic() - start))
+
+    def _others_seconds(self) -> float:
+        if not STAT.exists():
+            return 0.0
+        ticks = [int(field) for field in STAT.read_text().split("\n", 1)[0].split()[1:]]
+        busy = sum(ticks[:GUEST]) - ticks[IDLE] - ticks[IOWAIT]
+        return busy / os.sysconf("SC_CLK_TCK") - time.process_time() - sum(map(_seconds_of, self.ours))
+
+
+def _seconds_of(process: int) -> float:
+    """CPU time of a running process."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
