@@ -32,6 +32,8 @@ from synapse.commands import Context
 from synapse.config import load_settings
 from synapse.engines import open_encoder
 from synapse.engines.encoder_linear import Precision
+from synapse.engines.native.kernel import KERNEL
+from synapse.hotpath.kernels import find_build
 from synapse.models.library import open_library
 
 PAUSE = 0.2
@@ -102,7 +104,6 @@ def least_cosine(a: Vectors, b: Vectors) -> float:
 def main() -> None:
     options = parser("Texts per second of the encoder against sentence-transformers and onnxruntime.")
     options.add_argument("--model", default="all-minilm-l6-v2")
-    options.add_argument("--backend", default="auto", choices=["auto", "reference", "native"])
     options.add_argument("--peer-python", default=sys.executable, help="an interpreter that has the peers")
     options.add_argument("--texts", type=int, default=200)
     options.add_argument("--rounds", type=int, default=5)
@@ -112,8 +113,9 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     texts = sample_texts(args.texts)
     folder = asyncio.run(pulled(args.model))
+    build = find_build(KERNEL, load_settings())
     encoders = {
-        f"Synapse {precision}": open_encoder(args.model, args.backend, precision=precision, threads=args.threads)
+        f"Synapse {precision}": open_encoder(args.model, precision=precision, threads=args.threads)
         for precision in PRECISIONS
     }
 
@@ -144,7 +146,7 @@ def main() -> None:
         "encoder",
         settings={
             "model": args.model,
-            "backend": args.backend,
+            "kernel": build.build_id[:12] if build else "none: int8 is computed in NumPy",
             "threads": args.threads,
             "texts": len(texts),
             "tokens": tokens,

@@ -28,6 +28,7 @@ from benchmarks import engine_limits, engine_memory, engine_quality, engine_spee
 from benchmarks.engine_peers import HOW_TO_GET, QUANTISED, LlamaCpp, Peer, open_peers
 from benchmarks.engine_speed import OURS, WORKS, Contenders
 from benchmarks.layers import random_adapter
+from benchmarks.neighbours import Neighbours
 from benchmarks.report import Report, parser, publish
 from synapse.commands import Context
 from synapse.config import load_settings
@@ -94,18 +95,19 @@ def measure_memory(report: Report, model: Path, backend: Any, layers: Sequence[P
     }
 
 
-def measure_speed(report: Report, everybody: Contenders, args: argparse.Namespace) -> None:
+def measure_speed(report: Report, everybody: Contenders, neighbours: Neighbours, args: argparse.Namespace) -> None:
     report.rows["ratios"], report.rows["limits"] = [], []
     before = engine_limits.measure_machine(THREADS)
     reached = {}
     for work in WORKS:
         say(work.name)
-        speeds = engine_speed.take_turns(engine_speed.turns(work, everybody, args.tokens), args.rounds)
+        speeds = engine_speed.take_turns(engine_speed.turns(work, everybody, args.tokens), args.rounds, neighbours)
         report.rows[f"tokens per second: {work.name}"] = engine_speed.table(speeds)
         report.rows["ratios"] += engine_speed.ratios(work, speeds)
         reached[work] = statistics.median(speeds[OURS])
     after = engine_limits.measure_machine(THREADS)  # again, since other programs may be in the way
     machine = engine_limits.Machine(max(before.bandwidth, after.bandwidth), max(before.float_peak, after.float_peak))
+    report.figures["largest_cpu_share_of_others"] = neighbours.worst
     report.figures["memory_bandwidth_bytes_per_second"] = machine.bandwidth
     report.figures["float_operations_per_second"] = machine.float_peak
     for work, speed in reached.items():
@@ -161,6 +163,9 @@ def read_options() -> argparse.Namespace:
     options.add_argument("--rank", type=int, default=16, help="of the layers, which are on all linear maps")
     options.add_argument("--tokens", type=int, default=32, help="decoded per sequence and turn")
     options.add_argument("--rounds", type=int, default=5, help="counted, after one that warms up")
+    options.add_argument(
+        "--patience", type=float, default=300, help="seconds to wait, in all, for other programs to rest"
+    )
     options.add_argument("--peers", action="store_true", help="llama.cpp too, and quality")
     options.add_argument("--peer-python", default=os.environ.get("SYNAPSE_PEER_PYTHON"), help="has llama-cpp-python")
     options.add_argument("--formats", nargs="*", choices=QUANTISED, default=["Q4_0", "Q8_0", "BF16"])
@@ -169,7 +174,8 @@ def read_options() -> argparse.Namespace:
     options.add_argument("--quick", action="store_true", help="one short round of everything, for a look")
     args = options.parse_args()
     if args.quick:
-        args.tokens, args.rounds, args.perplexity_tokens = min(args.tokens, 4), 1, 2 * engine_quality.WINDOW
+        args.tokens, args.rounds, args.patience = min(args.tokens, 4), 1, 0
+        args.perplexity_tokens = 2 * engine_quality.WINDOW
     return args
 
 
@@ -215,7 +221,8 @@ def main() -> None:
             report.settings |= {"llama-cpp-python": worker.version, "llama.cpp": worker.system.strip()}
             peers = open_peers(worker, model, [*layers, strong], config, folder=folder, formats=args.formats)
         everybody = Contenders(engine, reference, ids, peers)
-        measure_speed(report, everybody, args)
+        neighbours = Neighbours([worker.process] if worker is not None else [], args.patience)
+        measure_speed(report, everybody, neighbours, args)
         if args.peers or args.quality:
             measure_quality(report, everybody, open_quantised(model, engine, stack), strong, args)
     report.settings["load after"] = round(os.getloadavg()[0], 2)

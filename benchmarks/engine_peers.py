@@ -45,6 +45,7 @@ class LlamaCpp:
             raise Unavailable(f"{python} cannot be run: {error.strerror}", hint=HOW_TO_GET) from error
         self.version: str = about["version"]
         self.system: str = about["system"]
+        self.process: int = self._process.pid
 
     def __enter__(self) -> LlamaCpp:
         return self

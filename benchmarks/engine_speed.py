@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.engine_peers import Peer
+from benchmarks.neighbours import Neighbours
 from synapse.engines import Delta, Engine, Request, Sampling
 
 PROMPT_TOKENS = 64
@@ -123,16 +124,16 @@ def turns(work: Work, all_: Contenders, tokens: int) -> dict[str, Turn]:
     return found
 
 
-def take_turns(contenders: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:
+def take_turns(contenders: Mapping[str, Turn], rounds: int, neighbours: Neighbours) -> dict[str, list[float]]:
     """The speeds of all rounds but the first, which warms up. Another contender begins every round."""
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            time.sleep(PAUSE)
-            speed = contenders[name]()
             if turn:
-                speeds[name].append(speed)
+                speeds[name].append(neighbours.measure(contenders[name], PAUSE))
+            else:
+                contenders[name]()
     return speeds
 
 

@@ -35,17 +35,20 @@ class Neighbours:
 
     def measure(self, work: Callable[[], float], pause: float) -> float:
         """The result of `work`, done after a pause of so many seconds, and again while others disturb it."""
+        results: list[float] = []
         while True:
-            started = time.monotonic()
-            while self._share(lambda: time.sleep(pause)) > QUIET and time.monotonic() - started < self.patience:
-                pass
-            results: list[float] = []
+            self._wait(pause)
+            start = time.monotonic()
             share = self._share(lambda: results.append(work()))
-            taken = time.monotonic() - started
-            if share <= QUIET or taken > self.patience:
+            if share <= QUIET or self.patience <= 0:
                 self.worst = max(self.worst, share)
-                return results[0]
-            self.patience -= taken
+                return results[-1]
+            self.patience -= time.monotonic() - start
+
+    def _wait(self, pause: float) -> None:
+        """Sleep at least so many seconds, and until others rest."""
+        while self._share(lambda: time.sleep(pause)) > QUIET and self.patience > 0:
+            self.patience -= pause
 
     def _share(self, work: Callable[[], object]) -> float:
         """The share of the CPU that others took while `work` ran."""

@@ -1,7 +1,7 @@
 """Check the examples in the documentation: `python -m scripts.check_docs [FILE …]`.
 
 In README.md and docs/, every line that starts with `$ ` in a console block is run, file by file, in a fresh home that
-has the default model; every python block that imports something is run too. An example that exits with anything but 0
+has the default models; every python block that imports something is run too. An example that exits with anything but 0
 fails the check. `synapse up` starts a server for the rest of the file. Lines for the shell of the reader's own project
 (`make`, `git`, `pip`) are left alone: CI runs those.
 
@@ -29,7 +29,7 @@ from typing import Any
 import typer.main
 
 from synapse.cli.app import build_app
-from tests.support.default_model import default_model_path
+from tests.support.default_model import default_encoder_path, default_model_path
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -118,7 +118,7 @@ def start_server(command: str, environment: dict[str, str], work: str) -> subpro
         try:
             with urllib.request.urlopen(url, timeout=2):
                 return server
-        except (urllib.error.URLError, ConnectionError):
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
             if server.poll() is not None:
                 break
             time.sleep(0.2)
@@ -127,12 +127,12 @@ def start_server(command: str, environment: dict[str, str], work: str) -> subpro
 
 def main() -> None:
     pages = [Path(name).absolute() for name in sys.argv[1:]] or [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-    model = default_model_path()
+    models = [default_model_path().parent, default_encoder_path()]
     failures: list[str] = []
     for page in pages:
         with tempfile.TemporaryDirectory() as home:
-            folder = Path(home) / "models" / model.parent.name
-            shutil.copytree(model.parent, folder)
+            for model in models:
+                shutil.copytree(model, Path(home) / "models" / model.name)
             bin_folder = Path(sys.executable).parent
             environment = {
                 **{name: value for name, value in os.environ.items() if not name.startswith("SYNAPSE_")},

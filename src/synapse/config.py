@@ -31,6 +31,7 @@ class Settings(BaseSettings):
     database_url: str = Field("", description="SQLAlchemy URL; empty means SQLite in the home folder")
     default_model: str = Field("smollm2-135m", description="the base model of a new persona")
     default_encoder: str = Field("all-minilm-l6-v2", description="the model that makes vectors of texts")
+    encoder_precision: str = Field("float32", description="weights of encoders: float32, or int8, which has a kernel")
 
     host: str = Field("127.0.0.1", description="address the server binds to; only loopback until an API key exists")
     port: int = Field(8377, ge=0, le=65535, description="port the server listens on; 0 picks a free one")
@@ -45,9 +46,9 @@ class Settings(BaseSettings):
         description="weights of the native engine: auto (as in the file), int8 or 4bit",
     )
     layer_precision: str = Field(
-        "float16",
+        "int8",
         pattern="^(float16|int8)$",
-        description="LoRA layers of the native engine: float16 or int8",
+        description="LoRA layers of the native engine: int8, or float16 in twice the memory",
     )
     threads: int = Field(
         0, ge=0, description="threads that compute; 0 means one per core (one per core but one for the reference)"

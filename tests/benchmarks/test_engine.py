@@ -21,6 +21,7 @@ from benchmarks.engine_quality import WINDOW, Comparison, Surprise
 from benchmarks.engine_speed import OURS, WORKS, Work
 from benchmarks.layers import random_adapter
 from benchmarks.lora_gguf import interleaved, write_lora_gguf
+from benchmarks.neighbours import Neighbours
 from support.tiny_models import build_tiny_model
 from synapse.engines import Engine, Limits
 from synapse.engines.engine import open_engine_file
@@ -112,7 +113,7 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted() -> None:
 
         return turn
 
-    speeds = engine_speed.take_turns({name: contender(name) for name in "ab"}, rounds=2)
+    speeds = engine_speed.take_turns({name: contender(name) for name in "ab"}, rounds=2, neighbours=Neighbours())
     assert turns == ["a", "b", "b", "a", "a", "b"]
     assert speeds == {"a": [4.0, 5.0], "b": [3.0, 6.0]}
 

@@ -20,8 +20,8 @@ from synapse.commands import Context
 from synapse.config import load_settings
 from synapse.engines import Encoder, encoder_transformer, open_encoder
 from synapse.engines.encoder import BATCH_TOKENS, batches, open_encoder_folder
-from synapse.engines.encoder_transformer import erf
-from synapse.errors import InvalidInput, Unavailable
+from synapse.engines.encoder_transformer import erf, gelu
+from synapse.errors import InvalidInput, NotFound, Unavailable
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.library import ModelNotFound, open_library
 
@@ -120,6 +120,13 @@ def test_erf_is_the_error_function() -> None:
     assert np.isnan(erf(np.array([np.nan], np.float32))).all()
 
 
+def test_gelu_is_exact_for_any_layout_of_memory() -> None:
+    x = np.random.default_rng(3).normal(0, 2, (40, 24)).astype(np.float32)
+    expected = [[v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in x[:, :20].tolist()]
+    np.testing.assert_allclose(gelu(x.copy()[:, :20]), expected, atol=2e-6)
+    np.testing.assert_allclose(gelu(x[:, :20].copy()), expected, atol=2e-6)
+
+
 def test_weights_that_overflow_are_named(folder: Path, tmp_path: Path) -> None:
     build_tiny_encoder(tmp_path / "huge")
     weights = load_file(tmp_path / "huge" / "model.safetensors")
@@ -157,5 +164,7 @@ def test_what_cannot_be_chosen_is_refused(folder: Path) -> None:
         open_encoder_folder(folder, precision="int3")  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="backend"):
         open_encoder_folder(folder, "gpu")  # type: ignore[arg-type]
-    with pytest.raises(Unavailable, match="native"):
+    with pytest.raises(Unavailable, match="eight-bit weights only"):
         open_encoder_folder(folder, "native")
+    with pytest.raises((NotFound, Unavailable), match=r"not built|turned off"):
+        open_encoder_folder(folder, "native", precision="int8")

@@ -15,7 +15,9 @@ from synapse.engines.encoder_linear import Precision, linear_maker
 from synapse.engines.encoder_transformer import EncoderKernel, ReferenceEncoder, TextBatch
 from synapse.engines.encoder_weights import load_encoder_weights
 from synapse.engines.engine import Backend
+from synapse.engines.native.kernel import find
 from synapse.errors import InvalidInput, Unavailable
+from synapse.hotpath.native import python_forced
 from synapse.models.encoder_config import EncoderConfig, Pooling
 from synapse.models.encoder_file import open_encoder_file
 from synapse.models.encoder_tokenizer import EncoderTokenizer, TokenizedText
@@ -125,14 +127,14 @@ def open_encoder(
 
     Args:
         model: a name of `synapse model list`, or a path; the setting `default_encoder` when left out.
-        backend: `reference` is NumPy; `native` needs kernels; `auto` takes the fastest there is.
-        precision: of the weights. `int8` is less exact, and quick only in a native kernel.
+        backend: `reference` is NumPy; `auto` computes `int8` in the kernel where it is there; `native` insists on it.
+        precision: of the weights. `int8` is a little less exact, and quicker where the kernel is there.
         threads: of the matrix products of this process; the setting when left out, and 0 means one per core but one.
 
     Raises:
-        NotFound: there is no such model here; the hint says how to pull it.
+        NotFound: there is no such model here, or no kernel and `native` was asked for; the hint says how to get it.
         ModelFileCorrupt, UnsupportedModel: its files cannot be used.
-        Unavailable: `native` was asked for and this version has no native kernels.
+        Unavailable: `native` was asked for with float32, or native code is turned off.
         InvalidInput: there is no such backend or precision.
     """
     settings = load_settings()
@@ -147,9 +149,11 @@ def open_encoder_folder(
     """Open the encoder in a folder; see `open_encoder`."""
     if backend not in ("reference", "native", "auto"):
         raise InvalidInput(f"the backend is reference, native or auto, not {backend!r}")
+    linear = linear_maker(precision, backend)
     if backend == "native":
-        raise Unavailable("this version of Synapse has no native encoder", hint="use the backend auto or reference")
-    linear = linear_maker(precision)
+        if python_forced():
+            raise Unavailable("native code is turned off", hint="unset SYNAPSE_FORCE_PYTHON")
+        find()
     threadpool_limits(threads or max(1, (os.cpu_count() or 1) - 1), user_api="blas")
     file = open_encoder_file(folder)
     kernel = ReferenceEncoder(load_encoder_weights(file, linear))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from synapse.commands import Context
 from synapse.config import Settings
 from synapse.engines.encoder import Encoder, batches, open_encoder_folder
+from synapse.engines.encoder_linear import Precision
 from synapse.engines.engine import Backend
 from synapse.models.library import ModelLibrary, open_library
 
@@ -72,11 +73,11 @@ class EncoderHost:
         folder = found.folder
         async with self._opening:
             if folder not in self._runners:
+                precision = cast(Precision, self._settings.encoder_precision)
+                # The kernel has no maps in float32, so there is nothing that `native` could insist on.
+                backend = cast(Backend, self._settings.backend) if precision == "int8" else "reference"
                 encoder = await asyncio.to_thread(
-                    open_encoder_folder,
-                    folder,
-                    cast(Backend, self._settings.backend),
-                    threads=self._settings.threads,
+                    open_encoder_folder, folder, backend, precision=precision, threads=self._settings.threads
                 )
                 self._runners[folder] = EncoderRunner(encoder)
             return self._runners[folder]

@@ -10,8 +10,9 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from synapse.engines.engine import Backend
 from synapse.engines.native.linear import Int8Map
-from synapse.errors import InvalidInput
+from synapse.errors import InvalidInput, Unavailable
 
 Array = NDArray[np.float32]
 Precision = Literal["float32", "int8"]
@@ -46,13 +47,25 @@ class FloatLinear:
         return y
 
 
-def linear_maker(precision: Precision) -> LinearMaker:
-    """What makes an encoder's maps: `int8` are computed by the kernel where it is there.
+def int8_linear(weight: Array, bias: Array) -> FloatLinear:
+    """The map that `Int8Map` has to agree with: its rounded weights, computed in float32."""
+    return FloatLinear(Int8Map(weight, bias).weight, bias)
+
+
+def linear_maker(precision: Precision, backend: Backend) -> LinearMaker:
+    """What makes an encoder's maps.
 
     Raises:
         InvalidInput: there is no such precision.
+        Unavailable: the kernel was asked for, but has no maps of this precision.
     """
-    makers: dict[str, LinearMaker] = {"float32": FloatLinear, "int8": Int8Map}
-    if precision not in makers:
-        raise InvalidInput(f"the precision is {' or '.join(makers)}, not {precision!r:.40}")
-    return makers[precision]
+    if precision not in ("float32", "int8"):
+        raise InvalidInput(f"the precision is float32 or int8, not {precision!r:.40}")
+    if precision == "int8":
+        return int8_linear if backend == "reference" else Int8Map
+    if backend == "native":
+        raise Unavailable(
+            "the kernel computes encoders with eight-bit weights only",
+            hint='use precision="int8", or the backend auto or reference',
+        )
+    return FloatLinear

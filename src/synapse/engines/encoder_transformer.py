@@ -115,7 +115,8 @@ def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """x Φ(x) with the exact normal distribution Φ (Hendrycks and Gimpel, 2016, arXiv:1606.08415), in the place of x."""
+    """x Φ(x) with the exact normal distribution Φ (Hendrycks and Gimpel, 2016, arXiv:1606.08415); x is used up."""
+    x = np.ascontiguousarray(x)
     flat = x.reshape(-1)
     for start in range(0, len(flat), GELU_NUMBERS):
         part = flat[start : start + GELU_NUMBERS]

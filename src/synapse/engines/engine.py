@@ -22,7 +22,7 @@ from synapse.engines.lora import Layer, Stack
 from synapse.engines.native.layers import Precision
 from synapse.engines.native.model import cores
 from synapse.engines.native.packed_file import Quantisation
-from synapse.engines.native.transformer import open_native
+from synapse.engines.native.transformer import open_native, prepare_native
 from synapse.engines.request import Delta, Event, Finished, FinishReason, Grammar, Request, TokenLogprob
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
 from synapse.engines.scheduler import Scheduler
@@ -66,7 +66,7 @@ class Limits:
             BLAS threads wait for one another by spinning, so a single other busy process on the last core would slow
             them many times over.
         quantisation: how exactly the native engine keeps weights: `auto` as the file has them, else `int8` or `4bit`.
-        layer_precision: how exactly it keeps LoRA layers; `int8` takes half the memory of `float16`.
+        layer_precision: how exactly it keeps LoRA layers: `int8`, or `float16` in twice the memory.
     """
 
     max_context: int = 8192
@@ -77,7 +77,7 @@ class Limits:
     max_layer_bytes: int = 500 * 2**20
     threads: int = 0
     quantisation: Quantisation = "auto"
-    layer_precision: Precision = "float16"
+    layer_precision: Precision = "int8"
 
 
 @dataclass(slots=True)
@@ -415,6 +415,8 @@ def open_engine_file(
         raise InvalidInput(f"the backend is reference, native or auto, not {backend!r}")
     limits = limits or Limits()
     threadpool_limits(limits.threads or max(1, cores() - 1), user_api="blas")
+    if backend != "reference":
+        prepare_native()
     file = open_model_file(path)
     tokenizer, template = load_tokenizer(file), load_chat_template(file)
     transformer = _open_transformer(file, backend, limits)

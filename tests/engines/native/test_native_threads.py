@@ -21,27 +21,35 @@ from synapse.errors import Unavailable
 Closing = Callable[[NativeModel], NativeModel]
 
 STEPS = """
-import os, sys
+import os, sys, threading
 import numpy as np
 from support.native_engine import by_kernel, feed, new_cache, pieces, some_tokens, tiny_native
 
-core, count = int(sys.argv[1]), int(sys.argv[2])
+core, turns = int(sys.argv[1]), int(sys.argv[2])
+teams, *batches = [eval(lengths) for lengths in sys.argv[3:]]
 if core >= 0:
     os.sched_setaffinity(0, {core})
-lengths = [1 + 7 * n % 31 for n in range(24)]
-found = []
-for threads in (1, 2, 5):
-    model = tiny_native(kind="q4", threads=threads, heads=1, kv_heads=1, hidden=40, intermediate=33, vocab=70)
-    for turn in range(count if threads > 1 else 1):
-        company = 1 if turn % 2 else 24
-        tokens = [some_tokens(model.packed.config, length, n) for n, length in enumerate(lengths[:company])]
-        sequences = [pieces(ids, [n], (1, 1, 5)) for n, ids in enumerate(tokens)]
-        answers = feed(by_kernel(model), new_cache(model, 24), *sequences)
-        if threads == 1:
-            expected = answers
-        assert all(np.array_equal(*pair) for pair in zip(answers, expected)), (threads, turn)
+shape = dict(kind="q4", heads=1, kv_heads=1, hidden=40, intermediate=33, vocab=4000)
+
+def answers(model, turn):
+    lengths = batches[turn % len(batches)]
+    tokens = [some_tokens(model.packed.config, length, n) for n, length in enumerate(lengths)]
+    sequences = [pieces(ids, [2 * n + 1, 2 * n], (1, 1, 5)) for n, ids in enumerate(tokens)]
+    return np.concatenate(feed(by_kernel(model), new_cache(model, 48), *sequences))
+
+def work(number):
+    model = tiny_native(threads=number, **shape)
+    for turn in range(turns):
+        right[number] += np.array_equal(answers(model, turn), expected[turn % len(batches)])
     model.close()
-print("as one thread")
+
+alone = tiny_native(threads=1, **shape)
+expected = [answers(alone, turn) for turn in range(len(batches))]
+right = dict.fromkeys(teams, 0)
+threads = [threading.Thread(target=work, args=(number,)) for number in right]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(right)
 """
 LATE_SLEEPER = r"""
 #define _GNU_SOURCE
@@ -67,19 +75,23 @@ long syscall(long number, ...) {
 """
 
 
-def run_steps(core: int, turns: int, **environment: str) -> None:
-    """Compute many steps in a process of its own: what goes wrong there is a crash, or no end."""
+def run_steps(core: int, turns: int, teams: tuple[int, ...], *batches: tuple[int, ...], **environment: str) -> None:
+    """Compute batches of sequences of these lengths in a process of its own: what goes wrong is a crash, or no end.
+
+    Each of the teams, of so many threads, has its model, and they all compute at once.
+    """
     engine_build()
     paths = os.pathsep.join(sys.path)
     done = subprocess.run(
-        [sys.executable, "-c", STEPS, str(core), str(turns)],
+        [sys.executable, "-c", STEPS, *map(str, (core, turns, teams, *batches))],
         env={**os.environ, "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
         check=False,
-        timeout=90,
+        timeout=60,
     )
-    assert (done.returncode, done.stdout.strip()) == (0, "as one thread"), done.stderr[-2000:]
+    right = dict.fromkeys((2, 3, 5), turns)
+    assert (done.returncode, done.stdout.strip()) == (0, str(right)), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("core", [-1, 0])
@@ -87,7 +99,7 @@ def test_threads_that_lose_their_core_at_any_moment_change_nothing(core: int) ->
     """With one core for all of them, most are late for most of what there is to do."""
     if core >= 0 and not hasattr(os, "sched_setaffinity"):
         pytest.skip("this system does not tie a process to a core")
-    run_steps(min(os.sched_getaffinity(0)) if core >= 0 else core, 60)
+    run_steps(min(os.sched_getaffinity(0)) if core >= 0 else core, 60, (2, 3, 5), (3,), (61, 33, 9), (1,) * 24)
 
 
 def test_a_thread_that_is_slow_to_fall_asleep_is_not_left_asleep(tmp_path: Path) -> None:
@@ -97,7 +109,7 @@ def test_a_thread_that_is_slow_to_fall_asleep_is_not_left_asleep(tmp_path: Path)
     source, library = tmp_path / "late.c", tmp_path / "late.so"
     source.write_text(LATE_SLEEPER)
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
-    run_steps(-1, 40, LD_PRELOAD=str(library))
+    run_steps(-1, 1500, (2,), (1,), LD_PRELOAD=str(library))
 
 
 def test_closing_sends_every_thread_home_and_a_step_after_it_is_refused() -> None:

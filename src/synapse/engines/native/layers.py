@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.models.adapter import Adapter, Factor, LoraFactors
+from synapse.models.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS
 
 Factors = Mapping[tuple[int, str], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -19,6 +19,8 @@ Precision = Literal["float16", "int8"]
 STRIP = 8
 GROUP = 16
 BLOCK = 32
+SMALLEST = 1e-36
+"""Scales below it count as zero: their inverse would not be a float32 number."""
 RECORD = 5
 """Numbers that the kernel has for each linear map: addresses of A, B and scales, rank, bytes of a factor's number."""
 
@@ -89,63 +91,84 @@ class _Place:
         return A, B
 
 
-def pack_layer(adapter: Adapter, blocks: int, precision: Precision = "float16") -> PackedLayer:
-    """Pack a checked adapter for a model of so many transformer blocks."""
+def pack_layer(adapter: Adapter, blocks: int, precision: Precision = "int8") -> PackedLayer:
+    """Pack a checked adapter for a model of so many transformer blocks.
+
+    Factors of one form lie one after another and are packed together: a layer has hundreds, and a call of NumPy takes
+    as long as a thousand numbers.
+    """
     size = 2 if precision == "float16" else 1
-    places, end = [], 0
+    alike: dict[tuple[object, ...], list[tuple[int, str]]] = {}
     for (block, projection), factors in adapter.factors.items():
-        rank, width = factors.A.shape
-        place = _Place(block, projection, (rank, width, len(factors.B)), size, end)
-        places.append(place)
-        end = place.end
+        form = (factors.A.shape, factors.B.shape, factors.A.dtype, factors.B.dtype)
+        alike.setdefault(form, []).append((block, projection))
+    groups, end = [], 0
+    for keys in alike.values():
+        group = []
+        for block, projection in keys:
+            factors = adapter.factors[block, projection]
+            rank, width = factors.A.shape
+            group.append(_Place(block, projection, (rank, width, len(factors.B)), size, end))
+            end = group[-1].end
+        groups.append(group)
     data = huge_zeros(end)
-    for place, factors in zip(places, adapter.factors.values(), strict=True):
-        _fill(place, factors, data)
-    return PackedLayer(adapter.sha256, blocks, places, data)
+    for group in groups:
+        _fill(group, [adapter.factors[place.block, place.projection] for place in group], data)
+    return PackedLayer(adapter.sha256, blocks, [place for group in groups for place in group], data)
 
 
 def huge_zeros(size: int) -> NDArray[np.uint8]:
     """Zeros in huge pages where the system has them: a step reads all layers of its batch, page after page."""
-    mapping = mmap.mmap(-1, max(size, 1))
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return np.zeros(size, np.uint8)
+    mapping = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without them
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, np.uint8, size)
 
 
-def _fill(place: _Place, factors: LoraFactors, data: NDArray[np.uint8]) -> None:
-    rank, width, out = place.shape
-    a, b, scales = place.views(data)
-    A, a_scale = _fitted(factors.A, place.size, axis=1)
-    B, b_scale = _fitted(factors.B, place.size, axis=0)
-    scales[:rank] = np.float32(factors.scale) * a_scale * b_scale
-    if rank == place.rank:
-        a[:, :width] = A.reshape(-1, STRIP, width).transpose(0, 2, 1)
-    else:
-        padded = np.zeros((place.rank, width), a.dtype)
-        padded[:rank] = A
-        a[:, :width] = padded.reshape(-1, STRIP, width).transpose(0, 2, 1)
+def _fill(group: list[_Place], factors: list[LoraFactors], data: NDArray[np.uint8]) -> None:
+    """Write factors of one form, whose places follow one another."""
+    first = group[0]
+    rank, width, out = first.shape
+    step, count = first.end - first.a_offset, len(group)
+
+    def across(view: NDArray[Any]) -> NDArray[Any]:
+        """The same part of every place, [count, …]."""
+        return np.lib.stride_tricks.as_strided(view, (count, *view.shape), (step, *view.strides))
+
+    a, b, scales = (across(view) for view in first.views(data))
+    A, a_scale = _fitted(np.stack([pair.A for pair in factors]), first.size, axis=2)
+    B, b_scale = _fitted(np.stack([pair.B for pair in factors]), first.size, axis=1)
+    own = np.array([pair.scale for pair in factors], np.float32)[:, None]
+    scales[:, :rank] = own * a_scale * b_scale
+    if rank != first.rank:
+        A = np.pad(A, ((0, 0), (0, first.rank - rank), (0, 0)))
+    a[:, :, :width] = A.reshape(count, -1, STRIP, width).swapaxes(2, 3)
     full = out // GROUP
-    b[:full, :rank] = B[: full * GROUP].reshape(full, GROUP, rank).transpose(0, 2, 1)
+    b[:, :full, :rank] = B[:, : full * GROUP].reshape(count, full, GROUP, rank).swapaxes(2, 3)
     if out % GROUP:
-        b[full, :rank, : out % GROUP] = B[full * GROUP :].T
+        b[:, full, :rank, : out % GROUP] = B[:, full * GROUP :].swapaxes(1, 2)
 
 
-def _fitted(factor: Factor, size: int, axis: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """A factor in the range of its stored numbers, and what it must be multiplied with, one number per rank.
+def _fitted(stack: NDArray[Any], size: int, axis: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Factors in the range of their stored numbers, and what each must be multiplied with, [count, rank] or [count, 1].
 
-    Float16 takes a power of two, which loses nothing; integers take each rank's largest value to 127.
+    Float16 takes a power of two for each factor, which loses nothing; integers take each rank's largest value to 127.
     """
-    if factor.dtype == np.float16 and size == 2:
-        return factor, np.ones(1, np.float32)
+    if stack.dtype == np.float16 and size == 2:
+        return stack, np.ones((len(stack), 1), np.float32)
+    values = stack.astype(np.float32)  # a copy, which becomes the codes
     if size == 2:
-        exponent = int(np.frexp(max(factor.max(initial=0), -factor.min(initial=0)))[1])
-        exponent = min(max(exponent, -100), 127)  # so that both powers are float32 numbers
-        return (factor * np.float32(2.0**-exponent)).astype(np.float16), np.full(1, 2.0**exponent, np.float32)
-    values = factor.astype(np.float32)
-    scale = np.abs(values).max(axis=axis) / np.float32(127)
-    safe = np.where(scale > 0, scale, 1)
-    return np.rint(values / np.expand_dims(safe, axis)).astype(np.int8), scale
+        tops = np.maximum(values.max(axis=(1, 2), initial=0), -values.min(axis=(1, 2), initial=0))
+        exponents = np.clip(np.frexp(tops)[1], -100, 127)  # so that both powers are float32 numbers
+        values *= np.ldexp(np.float32(1), -exponents)[:, None, None]
+        return values.astype(np.float16), np.ldexp(np.float32(1), exponents)[:, None]
+    scale = np.maximum(values.max(axis=axis, initial=0), -values.min(axis=axis, initial=0)) / np.float32(127)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > SMALLEST)
+    values *= np.expand_dims(inverse, axis)
+    return np.rint(values, out=values).astype(np.int8), scale
 
 
 def _up(number: int, multiple: int) -> int:

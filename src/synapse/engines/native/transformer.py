@@ -45,7 +45,7 @@ def forward(model: NativeModel, chunks: tuple[Chunk, ...], cache: HalfCache) -> 
 class NativeTransformer:
     """A packed model behind the hot path: see `Transformer`, whose methods these are."""
 
-    def __init__(self, model: NativeModel, precision: Precision = "float16") -> None:
+    def __init__(self, model: NativeModel, precision: Precision = "int8") -> None:
         self.config = model.packed.config
         self.context = model.context
         self.weight_bytes = model.packed.bytes
@@ -70,6 +70,11 @@ class NativeTransformer:
         self._model.close()
 
 
+def prepare_native() -> None:
+    """Begin in the background what `open_native` waits for, before the model file is read."""
+    ready(PATH, timeout=0)
+
+
 def open_native(
     file: ModelFile,
     folder: Path,
@@ -77,7 +82,7 @@ def open_native(
     *,
     threads: int = 0,
     quantisation: Quantisation = "auto",
-    precision: Precision = "float16",
+    precision: Precision = "int8",
 ) -> NativeTransformer:
     """The native transformer of a model file, packed into `folder` if it is not there yet.
 
