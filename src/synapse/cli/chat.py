@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from synapse.cli.chat_session import ChatSession
+from synapse.cli.logs import log_to_stderr
 from synapse.cli.progress import TerminalProgress
 from synapse.cli.text import left_out_notice, style_of, tell, write_answer
 from synapse.commands import Context
@@ -71,6 +72,7 @@ def run_chat(request: ChatRequest) -> None:
     Raises:
         SynapseError: whatever stands in the way of an answer.
     """
+    log_to_stderr()
     message = _given_message(request)
     if message is not None:
         asyncio.run(_one_answer(request, message))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
+from synapse.cli.logs import log_to_stderr
 from synapse.cli.output import human_bytes
 from synapse.cli.progress import TerminalProgress
 from synapse.cli.text import printable, style_of, tell
@@ -71,6 +72,7 @@ def run_demo(*, as_json: bool) -> None:
     Raises:
         SynapseError: the model cannot be fetched, or something on the way fails.
     """
+    log_to_stderr()
     result = asyncio.run(_demo(as_json))
     if as_json:
         print(result.model_dump_json(indent=2))

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from synapse.cli.logs import log_to_stderr
 from synapse.cli.options import read_params
 from synapse.cli.output import show_result
 from synapse.cli.progress import TerminalProgress
@@ -21,6 +22,7 @@ def run_command(command: Command, values: Mapping[str, Any], *, as_json: bool) -
     Raises:
         SynapseError: whatever the command raises, or InvalidInput for a value that does not fit.
     """
+    log_to_stderr()
     params = read_params(command.params, values)
     with TerminalProgress(quiet=as_json) as progress:
         result = asyncio.run(_run(command, params, progress))

@@ -438,5 +438,5 @@ def _open_transformer(file: ModelFile, backend: Backend, limits: Limits) -> Tran
         except Unavailable as error:
             if backend == "native":
                 raise
-            log.warning("engine.reference", model=file.path.name, reason=error.message)
+            log.info("engine.reference", model=file.path.name, reason=error.message, hint=error.hint)
     return ReferenceTransformer(load_weights(file), context)

@@ -29,7 +29,7 @@ core, turns = int(sys.argv[1]), int(sys.argv[2])
 teams, *batches = [eval(lengths) for lengths in sys.argv[3:]]
 if core >= 0:
     os.sched_setaffinity(0, {core})
-shape = dict(kind="q4", heads=1, kv_heads=1, hidden=40, intermediate=33, vocab=4000)
+shape = dict(kind="q4", heads=1, kv_heads=1, hidden=40, intermediate=33, vocab=12000)
 
 def answers(model, turn):
     lengths = batches[turn % len(batches)]
@@ -60,6 +60,7 @@ LATE_SLEEPER = r"""
 /* A thread that has decided to sleep loses its core before it does. */
 long syscall(long number, ...) {
     static long (*next)(long, ...);
+    static int calls;
     if (!next) next = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
     va_list list;
     long a[6];
@@ -67,7 +68,7 @@ long syscall(long number, ...) {
     for (int i = 0; i < 6; i++) a[i] = va_arg(list, long);
     va_end(list);
     if (number == SYS_futex && (a[1] & 127) == 0) {
-        struct timespec moment = {0, 200000};
+        struct timespec moment = {0, 50000 * (calls++ % 8)};
         nanosleep(&moment, 0);
     }
     return next(number, a[0], a[1], a[2], a[3], a[4], a[5]);
@@ -90,7 +91,7 @@ def run_steps(core: int, turns: int, teams: tuple[int, ...], *batches: tuple[int
         check=False,
         timeout=60,
     )
-    right = dict.fromkeys((2, 3, 5), turns)
+    right = dict.fromkeys(teams, turns)
     assert (done.returncode, done.stdout.strip()) == (0, str(right)), done.stderr[-2000:]
 
 

@@ -93,7 +93,10 @@ def open_native(
     """
     state = ready(PATH)
     if not state.native:
-        raise Unavailable(f"the native engine is not ready: {state.why}", hint="see `synapse hotpath status`")
+        raise Unavailable(
+            f"the native engine is not ready: {state.why}",
+            hint="`synapse kernels build engine`, then `synapse hotpath status`",
+        )
     packed = open_packed(file, source_sha256(file.path, folder), folder, quantisation)
     try:
         return NativeTransformer(NativeModel(packed, context, threads), precision)

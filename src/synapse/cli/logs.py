@@ -1,0 +1,16 @@
+"""Where a command's log goes: to standard error, warnings and worse, so that standard output is only the answer."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+
+def log_to_stderr() -> None:
+    """Set up the log of a command. The server sets up its own."""
+    structlog.configure(
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+    )
