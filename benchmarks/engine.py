@@ -26,7 +26,7 @@ import structlog
 
 from benchmarks import engine_limits, engine_memory, engine_quality, engine_speed
 from benchmarks.engine_peers import HOW_TO_GET, QUANTISED, LlamaCpp, Peer, open_peers
-from benchmarks.engine_speed import OURS, WORKS, Contenders
+from benchmarks.engine_speed import OURS, PEER, WORKS, Contenders, Work
 from benchmarks.layers import random_adapter
 from benchmarks.neighbours import Neighbours
 from benchmarks.report import Report, parser, publish
@@ -98,10 +98,15 @@ def measure_memory(report: Report, model: Path, backend: Any, layers: Sequence[P
 def measure_speed(report: Report, everybody: Contenders, neighbours: Neighbours, args: argparse.Namespace) -> None:
     report.rows["ratios"], report.rows["limits"] = [], []
     before = engine_limits.measure_machine(THREADS)
-    reached = {}
+    reached: dict[Work, float] = {}
+    best: dict[str, str | None] = {}
     for work in WORKS:
         say(work.name)
-        speeds = engine_speed.take_turns(engine_speed.turns(work, everybody, args.tokens), args.rounds, neighbours)
+        turns = engine_speed.turns(work, everybody, args.tokens)
+        if work.like in best:
+            turns = {name: turn for name, turn in turns.items() if not name.startswith(PEER) or name == best[work.like]}
+        speeds = engine_speed.take_turns(turns, args.rounds, neighbours)
+        best[work.name] = engine_speed.fastest(PEER, speeds)
         report.rows[f"tokens per second: {work.name}"] = engine_speed.table(speeds)
         report.rows["ratios"] += engine_speed.ratios(work, speeds)
         reached[work] = statistics.median(speeds[OURS])
@@ -175,7 +180,7 @@ def read_options() -> argparse.Namespace:
     args = options.parse_args()
     if args.quick:
         args.tokens, args.rounds, args.patience = min(args.tokens, 4), 1, 0
-        args.perplexity_tokens = 2 * engine_quality.WINDOW
+        args.perplexity_tokens, args.formats = 2 * engine_quality.WINDOW, args.formats[:1]
     return args
 
 

@@ -19,6 +19,7 @@ PREFILL_TOKENS = 512
 PAUSE = 0.2
 """Seconds before each turn. BLAS and OpenMP threads go on spinning for a while, in the way of whoever comes next."""
 GREEDY = Sampling(temperature=0)
+PEER = "llama.cpp"
 OURS, OURS_ONE_LAYER, REFERENCE = "Synapse", "Synapse, one layer for all", "Synapse's NumPy reference"
 
 Prompt = tuple[int, ...]
@@ -32,22 +33,30 @@ class Work:
 
     Attributes:
         prefill: a prompt of `PREFILL_TOKENS` tokens; otherwise decoding after prompts of `PROMPT_TOKENS`.
-        at_least: the ratio that is asked for, by contender; "llama.cpp" stands for the fastest of its formats.
+        like: work of which this is more; of llama.cpp only what was fastest there takes part.
+        at_least: the ratio that is asked for, by contender; `PEER` stands for the fastest of its formats.
     """
 
     name: str
     sequences: int = 1
     layers: int = 0
     prefill: bool = False
+    like: str = ""
     at_least: Mapping[str, float] = field(default_factory=dict)
 
 
 WORKS = (
-    Work("8 sequences, 8 layers", 8, 8, at_least={"llama.cpp": 5.0, REFERENCE: 10.0}),
-    Work("32 sequences, 32 layers", 32, 32, at_least={"llama.cpp": 6.0, OURS_ONE_LAYER: 0.8}),
-    Work("8 sequences, no layers", 8, at_least={"llama.cpp": 1.5}),
-    Work("1 sequence, no layer", at_least={"llama.cpp": 1.1}),
-    Work(f"prefill of {PREFILL_TOKENS} tokens", prefill=True, at_least={"llama.cpp": 1.3}),
+    Work("8 sequences, 8 layers", 8, 8, at_least={PEER: 5.0, REFERENCE: 10.0}),
+    Work(
+        "32 sequences, 32 layers",
+        32,
+        32,
+        like="8 sequences, 8 layers",
+        at_least={PEER: 6.0, OURS_ONE_LAYER: 0.8},
+    ),
+    Work("8 sequences, no layers", 8, at_least={PEER: 1.5}),
+    Work("1 sequence, no layer", at_least={PEER: 1.1}),
+    Work(f"prefill of {PREFILL_TOKENS} tokens", prefill=True, at_least={PEER: 1.3}),
 )
 
 
@@ -124,6 +133,12 @@ def turns(work: Work, all_: Contenders, tokens: int) -> dict[str, Turn]:
     return found
 
 
+def fastest(who: str, speeds: Mapping[str, Sequence[float]]) -> str | None:
+    """Of the contenders whose names begin so, the one with the highest median."""
+    beside = [name for name in speeds if name.startswith(who)]
+    return max(beside, key=lambda name: statistics.median(speeds[name]), default=None)
+
+
 def take_turns(contenders: Mapping[str, Turn], rounds: int, neighbours: Neighbours) -> dict[str, list[float]]:
     """The speeds of all rounds but the first, which warms up. Another contender begins every round."""
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -154,12 +169,10 @@ def table(speeds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
 
 def ratios(work: Work, speeds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """Our speed as a multiple of each contender's that something is asked for, llama.cpp being as fast as it can."""
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
     rows = []
     for who, at_least in work.at_least.items():
-        beside = [name for name in medians if name.startswith(who)]
-        if beside:
-            against = max(beside, key=lambda name: medians[name])
-            ratio = medians[OURS] / medians[against]
+        against = fastest(who, speeds)
+        if against is not None:
+            ratio = statistics.median(speeds[OURS]) / statistics.median(speeds[against])
             rows.append({"work": work.name, "against": against, "ratio": ratio, "at_least": at_least})
     return rows

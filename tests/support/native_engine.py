@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -230,3 +231,23 @@ def rounding_reference(model: NativeModel) -> ReferenceTransformer:
     Where that turns over a rounding, a number moves by one step; on a small model this shows.
     """
     return ReferenceTransformer(_RoundingWeights(model.packed), model.context)
+
+
+def write_adapter(folder: Path, adapter: Adapter, dtype: Literal["F32", "F16", "BF16"] = "F32") -> Path:
+    """Write a layer as PEFT does, in one of the types that are read."""
+    import torch
+    from safetensors.torch import save_file
+
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = {}
+    for (block, projection), factors in adapter.factors.items():
+        part = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        name = f"base_model.model.model.layers.{block}.{part}.{projection}"
+        for letter, factor in (("A", factors.A), ("B", factors.B)):
+            tensors[f"{name}.lora_{letter}.weight"] = torch.from_numpy(factor).to(types[dtype])
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({projection for _, projection in adapter.factors})
+    said = {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(said | {"bias": "none"}))
+    return folder

@@ -89,7 +89,7 @@ def run_steps(core: int, turns: int, teams: tuple[int, ...], *batches: tuple[int
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=40,
     )
     right = dict.fromkeys(teams, turns)
     assert (done.returncode, done.stdout.strip()) == (0, str(right)), done.stderr[-2000:]

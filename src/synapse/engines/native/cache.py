@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,6 +36,17 @@ class HalfCache:
         with np.errstate(over="ignore"):
             self.keys[layer].transpose(1, 3, 0, 2)[blocks, offsets] = keys
             self.values[layer].transpose(1, 2, 0, 3)[blocks, offsets] = values
+
+    def keep(self, slots: NDArray[np.intp]) -> Callable[[], None]:
+        """Remember what is at these slots. The function that is returned puts it back."""
+        blocks, offsets = slots // BLOCK_TOKENS, slots % BLOCK_TOKENS
+        keys, values = self.keys[:, :, blocks, :, offsets], self.values[:, :, blocks, offsets]
+
+        def put_back() -> None:
+            self.keys[:, :, blocks, :, offsets] = keys
+            self.values[:, :, blocks, offsets] = values
+
+        return put_back
 
     def read(self, layer: int, table: NDArray[np.intp], length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Keys and values of the first `length` tokens of a block table, each [kv_heads, length, head_dim]."""

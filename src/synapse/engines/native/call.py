@@ -29,6 +29,8 @@ WHOLE, ONE_MAP = 0, 1
 """What a step is to do."""
 PHASES = 13
 OTHER_PHASES = 4
+SLEEP_NANOSECONDS = 1_000_000
+"""How long a thread sleeps at most before it looks again whether a phase is over."""
 STEP_FIELDS = 64
 """Room for the fields of `Step`."""
 KINDS = {"q4": 4, "q8": 8}
@@ -112,23 +114,30 @@ class ModelTable:
 class Team:
     """The threads that compute steps, and what they share. One of them is whoever calls `run`."""
 
-    def __init__(self, library: ctypes.CDLL, threads: int, blocks: int) -> None:
+    def __init__(self, library: ctypes.CDLL, threads: int, blocks: int, keep: object = None) -> None:
+        """Start the threads.
+
+        Args:
+            blocks: transformer blocks of the largest job.
+            keep: what a late thread may look at between two jobs; it lives as long as the threads.
+        """
         self.threads = threads
         self.library = library
+        self._keep = keep
         flags = np.zeros((4, LINE // 4), np.int32)
         step = np.zeros(STEP_FIELDS, np.int64)
         phases = np.zeros((OTHER_PHASES + PHASES * blocks, LINE // 8), np.int64)
         lines = [address(flags) + LINE * line for line in range(len(flags))]
-        pool = np.array([threads, *lines, address(step), address(phases)], np.int64)
-        self._shared = (pool, flags, step, phases)
+        limit = np.array([0, SLEEP_NANOSECONDS], np.int64)
+        pool = np.array([threads, *lines, address(limit), address(step), address(phases)], np.int64)
+        self._shared = (pool, flags, limit, step, phases)
         self.address = address(pool)
-        self._helpers = [
-            threading.Thread(target=_serve, args=(library, self._shared, number), daemon=True)
-            for number in range(1, threads)
-        ]
-        for helper in self._helpers:
+        helpers: list[threading.Thread] = []
+        self._go_home = weakref.finalize(self, _stop, library, self.address, helpers)
+        for number in range(1, threads):  # the system may refuse one: then those before it go home with this object
+            helper = threading.Thread(target=_serve, args=(library, self._shared, number), daemon=True)
             helper.start()
-        self._go_home = weakref.finalize(self, _stop, library, self.address, self._helpers)
+            helpers.append(helper)
 
     def run(self, step: int) -> None:
         """Compute the step whose struct is at this address."""
@@ -169,6 +178,7 @@ class Workspace:
         self._rows = self._wanted = self._pairs = self._scores = -1
         self._arrays: dict[str, NDArray[Any]] = {}
         self._scratch: list[int] = []
+        self._fields = np.zeros(STEP_FIELDS, np.int64)
 
     def compute(self, chunks: Sequence[Chunk], cache: HalfCache) -> StepLogits:
         """Run the kernel on these chunks. The result is valid until the next call."""
@@ -203,18 +213,16 @@ class Workspace:
         pair_weights = np.array([weight for batch in batches for weight in batch.weights], np.float32)
         best = min(BEST, config.vocab)
         a = self._arrays
-        fields = np.array(
-            [
-                *(WHOLE, self._table.address, self._team.address, rows, len(chunks), wanted, len(batches), pairs, rank),
-                *(best, cache.blocks, padded(longest)),
-                *(address(array) for array in (tokens, positions, slots, *described, addresses, wanted_rows)),
-                *(address(array) for array in (layer_tables, *layer_spans, pair_rows, pair_weights)),
-                *(address(cache.keys), address(cache.values)),
-                *self._scratch,
-            ],
-            np.int64,
+        values = (
+            *(WHOLE, self._table.address, self._team.address, rows, len(chunks), wanted, len(batches), pairs, rank),
+            *(best, cache.blocks, padded(longest)),
+            *(address(array) for array in (tokens, positions, slots, *described, addresses, wanted_rows)),
+            *(address(array) for array in (layer_tables, *layer_spans, pair_rows, pair_weights)),
+            *(address(cache.keys), address(cache.values)),
+            *self._scratch,
         )
-        self._team.run(address(fields))
+        self._fields[: len(values)] = values
+        self._team.run(address(self._fields))
         return StepLogits(
             a["logits"][:wanted, : config.vocab],
             a["finite"][:wanted] != 0,

@@ -1,7 +1,8 @@
 """One step of a transformer for all sequences of a batch: the native side of `transformer.ReferenceTransformer.forward`.
 
 The threads of the pool go through the same phases. Within a phase they share the pieces of its work, and nobody goes on
-before all of them are done (`engine_pool.mojo`). Nothing is allocated: the caller provides every array, and `call.py` describes them.
+before all of them are done (`engine_pool.mojo`). The caller's arrays may be gone when a late thread looks in, so what a
+thread reads without holding a piece is only its copy of `Step`, the model and the pool. Nothing is allocated: the caller provides every array, and `call.py` describes them.
 """
 
 from std.atomic import Atomic
@@ -116,6 +117,8 @@ struct Step(Copyable, Movable):
     var best_logits: Floats
     var finite: Table  # [wanted]
     var matrix: Matrix  # of ONE_MAP
+    var span: Int  # of queries in a piece of attention, and
+    var spans: Int  # how many pieces there are: `engine_step` sets both
 
 
 @always_inline
@@ -248,14 +251,7 @@ def look_back(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
     """Attention of every row over its own sequence."""
     ref model = step.model[]
     var queries = model.heads // model.kv_heads
-    var span = MANY_QUERIES
-    if step.rows * model.heads < 24 * work.threads():
-        span = 1
-    elif step.rows == step.chunks:
-        span = MOST_QUERIES
-    var pieces = 0
-    for chunk in range(step.chunks):
-        pieces += spans_of(step, chunk, queries, span) * model.kv_heads
+    var span, pieces = step.span, step.spans
     var chunk, before = 0, 0
     while True:
         var piece = work.take(phase, pieces)
@@ -519,10 +515,26 @@ def engine_cpu_features() abi("C") -> Int:
     return features
 
 
+def plan_attention(mut step: Step):
+    """Splits attention into pieces. It looks at the chunks, which a thread without a piece may not."""
+    if step.task != WHOLE:
+        return
+    ref model = step.model[]
+    step.span = MANY_QUERIES
+    if step.rows * model.heads < 24 * step.pool[].threads:
+        step.span = 1
+    elif step.rows == step.chunks:
+        step.span = MOST_QUERIES
+    step.spans = 0
+    for chunk in range(step.chunks):
+        step.spans += spans_of(step, chunk, model.heads // model.kv_heads, step.span) * model.kv_heads
+
+
 @export("engine_step")
 def engine_step(step: Pointer[Step, MutUntrackedOrigin]) abi("C") -> Int:
     """Computes a step with the calling thread, and with those of `engine_serve` as far as they come."""
     var mine = step[].copy()
+    plan_attention(mine)
     ref pool = mine.pool[]
     begin_job(pool)
     Pointer[Step, MutUntrackedOrigin](unsafe_from_address=pool.step)[] = mine.copy()

@@ -25,6 +25,7 @@ comptime FUTEX = 202 if CompilationTarget.is_x86() else 98
 comptime FUTEX_WAIT = 128
 comptime FUTEX_WAKE = 129
 comptime EVERYBODY = 0x7FFF_FFFF
+comptime FOR_EVER = 0
 comptime LINE = 8  # counters of a cache line: those of a phase share one
 
 
@@ -37,6 +38,7 @@ struct Pool(Copyable, Movable):
     var sleeping: Flag  # threads asleep until there is a job
     var stop: Flag
     var waiting: Flag  # threads asleep until a phase is over
+    var limit: Int  # the address of a timespec: how long a thread sleeps before it looks again whether a phase is over
     var step: Int  # the address of a copy of the job, which outlives it
     var phases: Counter  # [phases, LINE]: pieces taken, pieces done, each below the number of its job
 
@@ -53,14 +55,13 @@ def look(flag: Flag) -> Int32:
     return Atomic[Int32].load(flag)
 
 
-def sleep(flag: Flag, value: Int32, sleepers: Flag):
-    """Sleeps until the flag has another value than this; may return early.
-
-    Whoever changes the flag looks at `sleepers` afterwards, and this sets it before the system compares the flag: one of
+def sleep(flag: Flag, value: Int32, sleepers: Flag, limit: Int):
+    """Sleeps until the flag has another value than this, and at most for `limit` (the address of a timespec); may return
+    early. Whoever changes the flag looks at `sleepers` afterwards, and this sets it before the system compares the flag: one of
     the two sees the other.
     """
     _ = Atomic[Int32].fetch_add(sleepers, Int32(1))
-    _ = external_call["syscall", Int](Int(FUTEX), flag, Int(FUTEX_WAIT), Int(value), Int(0), Int(0), Int(0))
+    _ = external_call["syscall", Int](Int(FUTEX), flag, Int(FUTEX_WAIT), Int(value), limit, Int(0), Int(0))
     _ = Atomic[Int32].fetch_add(sleepers, Int32(-1))
 
 
@@ -80,7 +81,7 @@ def wait_for_job(pool: Pool, seen: Int32) -> Int32:
         if spins < SPINS_FOR_WORK:
             pause()
         else:
-            sleep(pool.jobs, number, pool.sleeping)
+            sleep(pool.jobs, number, pool.sleeping, FOR_EVER)
 
 
 def begin_job(pool: Pool):
@@ -159,5 +160,6 @@ struct Work(Copyable, Movable):
             spins += 1
             if spins < SPINS_FOR_OTHERS:
                 pause()
-            else:  # the lower half of the counter is what a sleeper watches
-                sleep(Flag(unsafe_from_address=Int(counter)), Int32(found & 0xFFFF_FFFF), self.pool[].waiting)
+            else:  # The lower half is what a sleeper watches. It may get the same value in a later job: hence the limit.
+                var word = Flag(unsafe_from_address=Int(counter))
+                sleep(word, Int32(found & 0xFFFF_FFFF), self.pool[].waiting, self.pool[].limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.call import LANES, ModelTable, Team, Workspace
@@ -27,6 +27,10 @@ class NativeModel:
     """Packed weights, and the threads and scratch memory that compute with them once the kernel is there.
 
     Steps of one model come one at a time. It is sent to the child of a burn-in as its weights and settings only.
+
+    Attributes:
+        computed: the chunks of the kernel's last step, until `forget`.
+        put_back: writes the keys and values of that step into the cache again, after the reference has replaced them.
     """
 
     def __init__(self, packed: PackedModel, context: int, threads: int = 0) -> None:
@@ -49,6 +53,8 @@ class NativeModel:
         self._workspace: Workspace | None = None
         self._team: Team | None = None
         self._closed = False
+        self.computed: Sequence[Chunk] | None = None
+        self.put_back: Callable[[], None] | None = None
 
     def __reduce__(self) -> tuple[type[NativeModel], tuple[PackedModel, int, int]]:
         return NativeModel, (self.packed, self.context, self.threads)
@@ -65,9 +71,15 @@ class NativeModel:
             if self._team is None or self._workspace is None or self._team.library is not library:
                 if self._team is not None:
                     self._team.close()
-                self._team = Team(library, self.threads, self.packed.config.blocks)
+                self._team = Team(library, self.threads, self.packed.config.blocks, self._table)
                 self._workspace = Workspace(self._table, self._team)
-            return self._workspace.compute(chunks, cache)
+            answer = self._workspace.compute(chunks, cache)
+            self.computed = chunks
+            return answer
+
+    def forget(self) -> None:
+        """Let go of the last step, and of the layers in it."""
+        self.computed = self.put_back = None
 
     @property
     def scratch_bytes(self) -> int:

@@ -20,7 +20,7 @@ from synapse.engines.native.source_hash import source_sha256
 from synapse.engines.transformer import Chunk, StepLogits
 from synapse.errors import Unavailable
 from synapse.hotpath.native import NativeSide
-from synapse.hotpath.paths import hotpath, ready
+from synapse.hotpath.paths import PATHS, hotpath, ready
 from synapse.hotpath.rollout import Plan, Stage
 from synapse.models.adapter import Adapter
 from synapse.models.gguf_file import ModelFile
@@ -38,7 +38,12 @@ def _burn_in() -> list[tuple[Any, ...]]:
 
 @hotpath(PATH, kernel=NativeSide(find, bind), agrees=agrees, plan=PLAN, burn_in=_burn_in)
 def forward(model: NativeModel, chunks: tuple[Chunk, ...], cache: HalfCache) -> StepLogits:
-    """One step: see `Transformer.forward`. Keys and values are written where the chunks say, whoever computes them."""
+    """One step: see `Transformer.forward`. Keys and values are written where the chunks say, whoever computes them.
+
+    What the kernel has written for the same step is kept, in case its answer is the one that is given.
+    """
+    if model.computed is chunks:
+        model.put_back = cache.keep(np.concatenate([chunk.slots() for chunk in chunks]))
     return model.reference.forward(chunks, cache)
 
 
@@ -49,7 +54,7 @@ class NativeTransformer:
         self.config = model.packed.config
         self.context = model.context
         self.weight_bytes = model.packed.bytes
-        self._model = model
+        self._model: NativeModel | None = model
         self._precision: Precision = precision
 
     def new_cache(self, blocks: int) -> HalfCache:
@@ -62,12 +67,30 @@ class NativeTransformer:
 
     @np.errstate(over="ignore", invalid="ignore")
     def forward(self, chunks: Sequence[Chunk], cache: HalfCache) -> StepLogits:
-        """One step; see `Transformer.forward`."""
-        return forward(self._model, tuple(chunks), cache)
+        """One step; see `Transformer.forward`.
+
+        A step that is compared leaves the keys and values of the side whose answer is given: the same request gets the
+        same tokens whether or not chance has picked a step of it.
+
+        Raises:
+            Unavailable: the engine is closed.
+        """
+        model = self._model
+        if model is None:
+            raise Unavailable("the engine is closed", hint="open it again")
+        try:
+            answer = forward(model, tuple(chunks), cache)
+            if model.put_back is not None and PATHS[PATH].native_answered:
+                model.put_back()
+            return answer
+        finally:
+            model.forget()
 
     def close(self) -> None:
         """Send the threads home and let go of the weights."""
-        self._model.close()
+        if self._model is not None:
+            self._model.close()
+            self._model = None
 
 
 def prepare_native() -> None:
