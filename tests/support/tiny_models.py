@@ -124,14 +124,14 @@ def reference_logits(model: PreTrainedModel, ids: list[int]) -> NDArray[np.float
     return np.asarray(logits.float().numpy())
 
 
-def write_byte_tokenizer(writer: gguf.GGUFWriter, chat_template: str | None = CHATML) -> None:
+def write_byte_tokenizer(writer: gguf.GGUFWriter, chat_template: str | None = CHATML, vocab: int = VOCAB) -> None:
     """The smallest byte-level vocabulary: 256 bytes, one merge, three control tokens, and unused rows."""
     from synapse.models.pre_tokenizers import byte_of_character
 
     character = {byte: text for text, byte in byte_of_character().items()}
     tokens = [*CONTROL_TOKENS, *(character[byte] for byte in range(256)), "th"]
     kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 257
-    unused = VOCAB - len(tokens)
+    unused = vocab - len(tokens)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in range(unused))])

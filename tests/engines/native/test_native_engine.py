@@ -50,10 +50,8 @@ def engine(tiny: Path, native_home: Path) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def layers(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("layers")
-    return [
-        engine.load_layer(write_adapter(folder / str(rank), tiny_adapter(engine.config, rank=rank, seed=rank, size=0.3)))
-        for rank in (1, 4, 16)
-    ]
+    adapters = [tiny_adapter(engine.config, rank=rank, seed=rank, size=0.3) for rank in (1, 4, 16)]
+    return [engine.load_layer(write_adapter(folder / str(adapter.rank), adapter)) for adapter in adapters]
 
 
 def prompt(number: int, length: int = 20) -> tuple[int, ...]:
