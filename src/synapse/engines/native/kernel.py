@@ -20,12 +20,15 @@ from synapse.hotpath.kernel_spec import KernelBuild, KernelSpec
 from synapse.hotpath.kernels import find_build
 from synapse.hotpath.native import FoundBuild
 
-TOLERANCE = 0.1
+TOLERANCE = 0.6
 """Largest distance of a row of logits from the reference's, as a share of the spread of the reference's row.
 
 The reference computes with the same weights; what differs are activations of 8 bits (of 16 for 8-bit weights) and the
-order of sums. On the default model the distance is 0.02 to 0.05.
+order of sums. On the default model the distance is 0.05 on average and up to 0.23 where activations have outliers; of
+rows that have nothing to do with one another it is 1.4.
 """
+ROUGH_TOLERANCE = 0.1
+"""The same for the small models of the self-test, which have no outliers."""
 FINE_TOLERANCE = 0.005
 """The same where all weights are of 8 bits; the cache's float16 is most of it."""
 
@@ -76,7 +79,7 @@ def self_test(library: ctypes.CDLL) -> None:
 
 def _check(model: NativeModel, answer: StepLogits, expected: StepLogits) -> None:
     found, exact = distance(answer, expected), model.packed.kind("token_embd.weight") == "q8"
-    if not found <= (FINE_TOLERANCE if exact else TOLERANCE):
+    if not found <= (FINE_TOLERANCE if exact else ROUGH_TOLERANCE):
         raise AssertionError(f"logits of {model.packed.config.architecture} are off by {found:.3g}")
     best = np.argsort(-answer.values, axis=1, kind="stable")[:, : answer.best_tokens.shape[1]]
     if not np.array_equal(answer.best_tokens, best):
