@@ -16,6 +16,7 @@ from support.tiny_models import build_tiny_model
 from synapse.engines import Engine, Event, Finished, Limits, Request, Sampling
 from synapse.engines.engine import open_engine_file
 from synapse.engines.sequence import Sequence
+from synapse.engines.transformer import StepLogits
 
 TOLERANCE = 1e-4
 
@@ -37,9 +38,9 @@ class Watched:
         self.logits: dict[str, list[NDArray[np.float32]]] = {}
         choose = engine._continue
 
-        def noting(seq: Sequence, logits: NDArray[np.float32]) -> list[Event]:
-            self.logits.setdefault(seq.id, []).append(logits.copy())
-            return choose(seq, logits)
+        def noting(seq: Sequence, logits: StepLogits, row: int) -> list[Event]:
+            self.logits.setdefault(seq.id, []).append(logits.values[row].copy())
+            return choose(seq, logits, row)
 
         engine._continue = noting  # type: ignore[method-assign]
 

@@ -226,11 +226,11 @@ def place(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
             for q in range(head * queries, (head + 1) * queries):
                 var query = step.q.unsafe_offset(row * layer.q.groups * GROUP + q * size)
                 if model.qk_norm != 0:
-                    rms_norm(query, layer.q_norm, size, epsilon, query)
+                    rms_norm(query, layer.q_norm, size, epsilon, query, size)
                 rotate(query, cos, sin, model.half)
             var key = step.k.unsafe_offset(row * layer.k.groups * GROUP + head * size)
             if model.qk_norm != 0:
-                rms_norm(key, layer.k_norm, size, epsilon, key)
+                rms_norm(key, layer.k_norm, size, epsilon, key, size)
             rotate(key, cos, sin, model.half)
             var value = step.v.unsafe_offset(row * layer.k.groups * GROUP + head * size)
             var slot = Int(step.slots.unsafe_offset(row)[])
@@ -351,7 +351,7 @@ def normalise(step: Step, work: Work, phase: Int, weight: Floats, stride: Int, w
         first *= length
         for row in range(first, min(first + length, total)):
             var h = step.h.unsafe_offset(row * stride)
-            rms_norm(step.x.unsafe_offset(row * stride), weight, model.hidden, Float32(model.epsilon), h)
+            rms_norm(step.x.unsafe_offset(row * stride), weight, model.hidden, Float32(model.epsilon), h, stride)
             quantise(h, row, stride // BLOCK, step.inputs, want8, want16)
         work.done(phase)
     work.wait(phase, pieces)
@@ -398,7 +398,7 @@ def finish(step: Step, work: Work, phase: Int, stride: Int):
             break
         var row = Int(step.wanted_rows.unsafe_offset(index)[])
         var h = step.h.unsafe_offset(index * stride)
-        rms_norm(step.x.unsafe_offset(row * stride), model.output_norm, model.hidden, Float32(model.epsilon), h)
+        rms_norm(step.x.unsafe_offset(row * stride), model.output_norm, model.hidden, Float32(model.epsilon), h, stride)
         quantise(h, index, stride // BLOCK, step.inputs, model.output.kind == Q4, model.output.kind == Q8)
         work.done(phase)
     work.wait(phase, pieces)

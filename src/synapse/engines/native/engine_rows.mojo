@@ -8,8 +8,11 @@ comptime W = 8
 comptime Lane = SIMD[DType.float32, W]
 
 
-def rms_norm(x: Floats, weight: Floats, size: Int, epsilon: Float32, target: Floats):
-    """Root mean square normalisation of x [size] (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+def rms_norm(x: Floats, weight: Floats, size: Int, epsilon: Float32, target: Floats, room: Int):
+    """Root mean square normalisation of x [size] (Zhang and Sennrich, 2019, arXiv:1910.07467).
+
+    What follows in target up to `room` becomes zero: in a sequence that overflowed, padding does not stay zero.
+    """
     var squares = Array[Lane, 4](fill=Lane(0))
     var at = 0
     while at + 4 * W <= size:
@@ -29,6 +32,9 @@ def rms_norm(x: Floats, weight: Floats, size: Int, epsilon: Float32, target: Flo
         at += W
     while at < size:
         target.unsafe_offset(at)[] = x.unsafe_offset(at)[] * factor * weight.unsafe_offset(at)[]
+        at += 1
+    while at < room:
+        target.unsafe_offset(at)[] = 0
         at += 1
 
 

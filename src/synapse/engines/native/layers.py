@@ -128,6 +128,7 @@ def huge_zeros(size: int) -> NDArray[np.uint8]:
     return np.frombuffer(mapping, np.uint8, size)
 
 
+@np.errstate(over="ignore")  # a layer that overflows shows in the logits of its own sequence
 def _fill(group: list[_Place], factors: list[LoraFactors], data: NDArray[np.uint8]) -> None:
     """Write factors of one form, whose places follow one another."""
     first = group[0]
