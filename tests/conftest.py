@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from support.default_model import default_encoder_path, default_model_path
 
@@ -50,3 +51,4 @@ def _no_user_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
             monkeypatch.delenv(name)
     monkeypatch.setenv("SYNAPSE_HOME", str(tmp_path / "home"))
     yield
+    structlog.reset_defaults()  # a command that ran in this process has set up its log

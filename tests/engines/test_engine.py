@@ -211,8 +211,11 @@ def test_the_context_is_filled_to_its_last_token_and_then_ends(default_model: Pa
     assert (answer.finished.reason, len(answer.tokens)) == ("length", 10)
 
 
-def test_the_native_backend_is_refused_with_a_reason_where_its_kernel_is_not_built(default_model: Path) -> None:
-    with pytest.raises(Unavailable, match="the kernel engine is not built"):
+def test_the_native_backend_is_refused_with_a_reason_where_python_is_forced(
+    default_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNAPSE_FORCE_PYTHON", "1")
+    with pytest.raises(Unavailable, match="Python is forced"):
         open_engine_file(default_model, "native")
     with pytest.raises(InvalidInput, match="reference, native or auto"):
         open_engine_file(default_model, "fast")  # type: ignore[arg-type]
