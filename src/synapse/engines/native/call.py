@@ -188,6 +188,7 @@ class Workspace:
         longest = max(chunk.end for chunk in chunks)
         batches, pairs = _by_layer(chunks)
         rank = max((batch.layer.rank for batch in batches), default=0)
+        narrow = any(batch.layer.narrow for batch in batches)
         self._make_room(rows, wanted, pairs * rank, padded(longest))
 
         counts = [len(chunk.tokens) for chunk in chunks]
@@ -214,7 +215,18 @@ class Workspace:
         best = min(BEST, config.vocab)
         a = self._arrays
         values = (
-            *(WHOLE, self._table.address, self._team.address, rows, len(chunks), wanted, len(batches), pairs, rank),
+            *(
+                WHOLE,
+                self._table.address,
+                self._team.address,
+                rows,
+                len(chunks),
+                wanted,
+                len(batches),
+                narrow,
+                pairs,
+                rank,
+            ),
             *(best, cache.blocks, padded(longest)),
             *(address(array) for array in (tokens, positions, slots, *described, addresses, wanted_rows)),
             *(address(array) for array in (layer_tables, *layer_spans, pair_rows, pair_weights)),
@@ -278,7 +290,7 @@ SCRATCH = (
     *("logits", "best_tokens", "best_logits", "finite"),
 )
 """The scratch arrays in the order of `Step`."""
-FIRST_SCRATCH = 27
+FIRST_SCRATCH = 28
 """Fields of `Step` before them."""
 
 

@@ -11,14 +11,15 @@ from std.sys.intrinsics import prefetch
 
 from engine_attention import MOST_QUERIES, Cache, Table, attend, store_key, store_value
 from engine_lora import Factors, Rows, STRIP, expand, shrink
-from engine_matrix import BLOCK, GROUP, Q4, Q8, Floats, Halves, Inputs, Matrix, element, multiply, quantise, quantise_block
+from engine_matrix import BLOCK, GROUP, Q4, Q8, TILE, Bytes, Floats, Halves, Inputs, Matrix, element, multiply, quantise, quantise_block
 from engine_pool import Pool, Work, announce_job, begin_job, is_current, look, wait_for_job
 from engine_rows import add, gated, rms_norm, rotate
 from engine_top import best
 
-comptime ABI_VERSION = 1
+comptime ABI_VERSION = 2
 comptime UNIT = BLOCK // GROUP  # groups of a unit of work: its outputs are one block of the next map's inputs
 comptime PIECES = 4  # a thread takes the units of a small phase in so many pieces
+comptime LINE = 64  # bytes of a cache line
 comptime MAPS = 7  # linear maps of a block that layers can change
 comptime MANY_QUERIES = 12
 comptime PHASES = 13  # of a block
@@ -80,6 +81,7 @@ struct Step(Copyable, Movable):
     var chunks: Int
     var wanted: Int
     var layers: Int  # LoRA layers of the batch
+    var narrow: Int  # whether one of them has factors of 8 bits, which read the 8-bit form of their inputs
     var pairs: Int  # of a row and a layer
     var rank_room: Int
     var best: Int  # most likely tokens to find for each wanted row
@@ -134,7 +136,9 @@ def factors_of(step: Step, layer: Int, block: Int, map: Int) -> Factors:
     return table.unsafe_offset(block * MAPS + map)[]
 
 
-def shrink_all(step: Step, work: Work, phase: Int, block: Int, first: Int, count: Int, x: Floats, stride: Int):
+def shrink_all(
+    step: Step, work: Work, phase: Int, block: Int, first: Int, count: Int, x: Floats, inputs: Inputs, stride: Int
+):
     """What `count` linear maps from `first` on, which have the same inputs, need of A x."""
     var strips = step.rank_room // STRIP
     var total = step.layers * count * strips
@@ -156,21 +160,69 @@ def shrink_all(step: Step, work: Work, phase: Int, block: Int, first: Int, count
             var rows = step.pair_rows.unsafe_offset(pair)
             var weights = step.pair_weights.unsafe_offset(pair)
             var number = Int(step.layer_counts.unsafe_offset(layer)[])
-            shrink(factors, strip, stride, x, stride, rows, weights, number, target, step.rank_room)
+            shrink(factors, strip, stride, x, inputs, rows, weights, number, target, step.rank_room)
         work.done(phase)
     work.wait(phase, pieces)
 
 
+@fieldwise_init
+struct Coming(Copyable, Movable, ImplicitlyCopyable):
+    """A share of the layers' A that the next products with layers will read: memory has little to do meanwhile."""
+
+    var block: Int
+    var first: Int  # of `count` maps
+    var count: Int
+    var width: Int  # their inputs
+    var part: Int  # of `parts`
+    var parts: Int
+
+    @always_inline
+    def ask(self, step: Step, layer: Int):
+        """Asks for one layer's part of the share."""
+        if self.block == step.model[].blocks:
+            return
+        for map in range(self.first, self.first + self.count):
+            var factors = factors_of(step, layer, self.block, map)
+            var bytes = factors.rank * self.width * factors.kind
+            ask(factors.A, bytes * self.part // self.parts, bytes * (self.part + 1) // self.parts)
+
+
 @always_inline
-def linear(step: Step, matrix: Matrix, inputs: Inputs, unit: Int, block: Int, map: Int, slot: Int, y: Floats, stride: Int):
-    """32 outputs of a linear map with its layers, for every row."""
-    for layer in range(step.layers):  # what the layers add is asked for now, and used after the products below
-        var factors = factors_of(step, layer, block, map)
-        var bytes = factors.rank * GROUP * factors.kind * UNIT
-        for byte in range(0, bytes, 64):
-            prefetch(factors.B.unsafe_offset(unit * bytes + byte))
-    for group in range(unit * UNIT, (unit + 1) * UNIT):
-        multiply(matrix, group, inputs, step.rows, y, stride)
+def ask(at: Bytes, first: Int, end: Int):
+    """Asks for the cache lines that begin in a range of bytes."""
+    for byte in range((first + LINE - 1) // LINE * LINE, end, LINE):
+        prefetch(at.unsafe_offset(byte))
+
+
+@always_inline
+def linear(
+    step: Step,
+    matrix: Matrix,
+    inputs: Inputs,
+    unit: Int,
+    block: Int,
+    map: Int,
+    slot: Int,
+    y: Floats,
+    stride: Int,
+    coming: Coming,
+):
+    """32 outputs of a linear map with its layers, for every row.
+
+    What the layers add is asked for while the rows of the first 16 outputs go through the model's own product, and
+    what comes afterwards with those of the others: too many requests at once would only queue.
+    """
+    var tiles = (step.rows + TILE - 1) // TILE
+    for number in range(UNIT * tiles):
+        var group, tile = number // tiles, number % tiles
+        for layer in range(step.layers * tile // tiles, step.layers * (tile + 1) // tiles):
+            if group == 0:
+                var factors = factors_of(step, layer, block, map)
+                var bytes = factors.rank * GROUP * factors.kind * UNIT
+                ask(factors.B, unit * bytes, (unit + 1) * bytes)
+            else:
+                coming.ask(step, layer)
+        multiply(matrix, unit * UNIT + group, inputs, tile * TILE, min(TILE, step.rows - tile * TILE), y, stride)
     for layer in range(step.layers):
         var factors = factors_of(step, layer, block, map)
         if factors.rank == 0:
@@ -194,12 +246,15 @@ def project(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
             break
         first *= length
         for unit in range(first, min(first + length, units)):
+            var coming = Coming(block, 3, 1, layer.o.blocks * BLOCK, unit, units)
             if unit < q_units:
-                linear(step, layer.q, step.inputs, unit, block, 0, 0, step.q, layer.q.groups * GROUP)
+                linear(step, layer.q, step.inputs, unit, block, 0, 0, step.q, layer.q.groups * GROUP, coming)
             elif unit < q_units + k_units:
-                linear(step, layer.k, step.inputs, unit - q_units, block, 1, 1, step.k, layer.k.groups * GROUP)
+                var at = unit - q_units
+                linear(step, layer.k, step.inputs, at, block, 1, 1, step.k, layer.k.groups * GROUP, coming)
             else:
-                linear(step, layer.v, step.inputs, unit - q_units - k_units, block, 2, 2, step.v, layer.k.groups * GROUP)
+                var at = unit - q_units - k_units
+                linear(step, layer.v, step.inputs, at, block, 2, 2, step.v, layer.k.groups * GROUP, coming)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -307,7 +362,8 @@ def add_outputs(step: Step, work: Work, phase: Int, block: Int, matrix: Matrix, 
             break
         first *= length
         for unit in range(first, min(first + length, units)):
-            linear(step, matrix, inputs, unit, block, map, 0, y, stride)
+            var coming = Coming(block, 4, 2, stride, unit, units) if map == 3 else Coming(block + 1, 0, 3, stride, unit, units)
+            linear(step, matrix, inputs, unit, block, map, 0, y, stride, coming)
             for row in range(step.rows):
                 var at = row * stride + unit * BLOCK
                 add(step.x.unsafe_offset(at), y.unsafe_offset(at), BLOCK)
@@ -327,13 +383,16 @@ def feed_forward(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
             break
         first *= length
         for unit in range(first, min(first + length, units)):
-            linear(step, layer.gate, step.inputs, unit, block, 4, 0, step.gate, stride)
-            linear(step, layer.up, step.inputs, unit, block, 5, 1, step.up, stride)
+            var width = layer.down.blocks * BLOCK
+            var coming = Coming(block, 6, 1, width, 2 * unit, 2 * units)
+            linear(step, layer.gate, step.inputs, unit, block, 4, 0, step.gate, stride, coming)
+            coming.part += 1
+            linear(step, layer.up, step.inputs, unit, block, 5, 1, step.up, stride, coming)
             for row in range(step.rows):
                 var at = row * stride + unit * BLOCK
                 gated(step.gate.unsafe_offset(at), step.up.unsafe_offset(at), BLOCK)
                 var place = row * units + unit
-                quantise_block(step.gate.unsafe_offset(at), place, step.inner, layer.down.kind == Q4, layer.down.kind == Q8)
+                quantise_block(step.gate.unsafe_offset(at), place, step.inner, layer.down.kind == Q4 or step.narrow != 0, layer.down.kind == Q8)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -416,7 +475,7 @@ def predict(step: Step, work: Work, phase: Int):
             break
         first *= length
         for group in range(first * UNIT, min(first + length, units) * UNIT):
-            multiply(model.output, group, step.inputs, step.wanted, step.logits, model.output.groups * GROUP)
+            multiply(model.output, group, step.inputs, 0, step.wanted, step.logits, model.output.groups * GROUP)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -450,7 +509,7 @@ def map_rows(step: Step, work: Work):
         var group = work.take(1, pieces)
         if group < 0:
             break
-        multiply(matrix, group, step.inputs, step.rows, step.h, matrix.groups * GROUP)
+        multiply(matrix, group, step.inputs, 0, step.rows, step.h, matrix.groups * GROUP)
         work.done(1)
     work.wait(1, pieces)
 
@@ -466,26 +525,27 @@ def run(step: Step, work: Work):
     embed(step, work, phase, width)
     for block in range(model.blocks):
         ref layer = model.layers.unsafe_offset(block)[]
-        var attention8 = layer.q.kind == Q4 or layer.k.kind == Q4 or layer.v.kind == Q4
+        var attention8 = step.narrow != 0 or layer.q.kind == Q4 or layer.k.kind == Q4 or layer.v.kind == Q4
         var attention16 = layer.q.kind == Q8 or layer.k.kind == Q8 or layer.v.kind == Q8
         normalise(step, work, phase + 1, layer.attention_norm, width, attention8, attention16)
         if step.layers > 0:
-            shrink_all(step, work, phase + 2, block, 0, 3, step.h, width)
+            shrink_all(step, work, phase + 2, block, 0, 3, step.h, step.inputs, width)
         project(step, work, phase + 3, block, layer)
         place(step, work, phase + 4, block, layer)
         look_back(step, work, phase + 5, block, layer)
-        quantise_rows(step, work, phase + 6, step.mixed, layer.o.blocks, layer.o.kind == Q4, layer.o.kind == Q8)
+        var mixed8 = step.narrow != 0 or layer.o.kind == Q4
+        quantise_rows(step, work, phase + 6, step.mixed, layer.o.blocks, mixed8, layer.o.kind == Q8)
         if step.layers > 0:
-            shrink_all(step, work, phase + 7, block, 3, 1, step.mixed, layer.o.blocks * BLOCK)
+            shrink_all(step, work, phase + 7, block, 3, 1, step.mixed, step.inputs, layer.o.blocks * BLOCK)
         add_outputs(step, work, phase + 8, block, layer.o, step.inputs, 3, step.h)
-        var ffn8 = layer.gate.kind == Q4 or layer.up.kind == Q4
+        var ffn8 = step.narrow != 0 or layer.gate.kind == Q4 or layer.up.kind == Q4
         var ffn16 = layer.gate.kind == Q8 or layer.up.kind == Q8
         normalise(step, work, phase + 9, layer.ffn_norm, width, ffn8, ffn16)
         if step.layers > 0:
-            shrink_all(step, work, phase + 10, block, 4, 2, step.h, width)
+            shrink_all(step, work, phase + 10, block, 4, 2, step.h, step.inputs, width)
         feed_forward(step, work, phase + 11, block, layer)
         if step.layers > 0:
-            shrink_all(step, work, phase + 12, block, 6, 1, step.gate, layer.down.blocks * BLOCK)
+            shrink_all(step, work, phase + 12, block, 6, 1, step.gate, step.inner, layer.down.blocks * BLOCK)
         add_outputs(step, work, phase + 13, block, layer.down, step.inner, 6, step.h)
         phase += PHASES
     if step.wanted > 0:

@@ -239,12 +239,12 @@ def tile[C: Int](matrix: Matrix, group: Int, inputs: Inputs, row: Int, target: F
         q8_tile[C](matrix, group, inputs, row, target, stride)
 
 
-def multiply(matrix: Matrix, group: Int, inputs: Inputs, rows: Int, target: Floats, stride: Int):
-    """Sets the 16 outputs of a group for every row: target[row * stride + 16 * group …], bias included.
+def multiply(matrix: Matrix, group: Int, inputs: Inputs, first: Int, count: Int, target: Floats, stride: Int):
+    """Sets the 16 outputs of a group for `count` rows from `first` on: target[row * stride + 16 * group …], bias included.
 
     A row's result does not depend on how many rows there are: its sums are made in the same order in every tile.
     """
-    var row = 0
+    var row, rows = first, first + count
     while row + TILE <= rows:
         tile[TILE](matrix, group, inputs, row, target, stride)
         row += TILE
@@ -258,7 +258,7 @@ def multiply(matrix: Matrix, group: Int, inputs: Inputs, rows: Int, target: Floa
     if row < rows:
         tile[1](matrix, group, inputs, row, target, stride)
     if matrix.has_bias != 0:
-        for r in range(rows):
+        for r in range(first, rows):
             comptime for part in range(PARTS):
                 var at = target.unsafe_offset(r * stride + group * GROUP + part * LANES)
                 var bias = matrix.bias.unsafe_offset(group * GROUP + part * LANES).unsafe_load[width=LANES]()

@@ -29,8 +29,8 @@ rows that have nothing to do with one another it is 1.4.
 """
 ROUGH_TOLERANCE = 0.1
 """The same for the small models of the self-test, which have no outliers."""
-FINE_TOLERANCE = 0.005
-"""The same where all weights are of 8 bits; the cache's float16 is most of it."""
+FINE_TOLERANCE = 0.02
+"""The same where all weights are of 8 bits; what a layer's factors of 8 bits read, of 8 bits too, is most of it."""
 
 
 class Forward(Protocol):
@@ -111,7 +111,7 @@ KERNEL = KernelSpec(
     name="engine",
     source=Path(__file__).with_name("engine.mojo"),
     symbols=tuple(f"engine_{name}" for name in ("abi_version", "cpu_features", "step", "serve", "stop")),
-    abi_version=1,
+    abi_version=2,
     self_test=self_test,
     declare=declare,
 )

@@ -32,12 +32,14 @@ class PackedLayer:
         id: its sha256.
         bytes: memory it takes.
         rank: the largest rank of its factors, padded to a multiple of 8.
+        narrow: whether its factors have 8 bits.
         table: int64[blocks x projections, RECORD].
     """
 
     def __init__(self, layer_id: str, blocks: int, places: list[_Place], data: NDArray[np.uint8]) -> None:
         self.id = layer_id
         self.rank = max((place.rank for place in places), default=0)
+        self.narrow = any(place.size == 1 for place in places)
         self.bytes = data.nbytes
         self._blocks = blocks
         self._places = places
@@ -69,15 +71,19 @@ class _Place:
         rank, width, out = shape
         self.block, self.projection, self.shape, self.size = block, projection, shape, size
         self.rank = _up(rank, STRIP)
-        self.a_shape = (self.rank // STRIP, _up(width, BLOCK), STRIP)
-        self.b_shape = (_up(out, BLOCK) // GROUP, self.rank, GROUP)
+        self.run = 4 if size == 1 else 1
+        self.a_shape = (self.rank // STRIP, _up(width, BLOCK) // self.run, STRIP, self.run)
+        self.b_shape = (_up(out, BLOCK) // GROUP, self.rank // self.run, GROUP, self.run)
         self.a_offset = offset
         self.b_offset = self.a_offset + _up(int(np.prod(self.a_shape)) * size, 64)
         self.scale_offset = self.b_offset + _up(int(np.prod(self.b_shape)) * size, 64)
         self.end = self.scale_offset + _up(self.rank * 4, 64)
 
     def views(self, data: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]]:
-        """A [strips, in, 8], B [groups, rank, 16] and the scales [rank], in place."""
+        """A [strips, in/run, 8, run], B [groups, rank/run, 16, run] and the scales [rank], in place.
+
+        The run is 4 for integers, 1 for float16.
+        """
         dtype = np.float16 if self.size == 2 else np.int8
         a = np.ndarray(self.a_shape, dtype, data, self.a_offset)
         b = np.ndarray(self.b_shape, dtype, data, self.b_offset)
@@ -86,8 +92,8 @@ class _Place:
     def unpack(self, data: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         rank, width, out = self.shape
         a, b, scales = self.views(data)
-        A = a.transpose(0, 2, 1).reshape(self.rank, -1)[:rank, :width].astype(np.float32)
-        B = b.transpose(0, 2, 1).reshape(-1, self.rank)[:out, :rank].astype(np.float32) * scales[:rank]
+        A = a.swapaxes(1, 2).reshape(self.rank, -1)[:rank, :width].astype(np.float32)
+        B = b.swapaxes(1, 2).reshape(-1, self.rank)[:out, :rank].astype(np.float32) * scales[:rank]
         return A, B
 
 
@@ -132,7 +138,7 @@ def huge_zeros(size: int) -> NDArray[np.uint8]:
 def _fill(group: list[_Place], factors: list[LoraFactors], data: NDArray[np.uint8]) -> None:
     """Write factors of one form, whose places follow one another."""
     first = group[0]
-    rank, width, out = first.shape
+    rank, _, out = first.shape
     step, count = first.end - first.a_offset, len(group)
 
     def across(view: NDArray[Any]) -> NDArray[Any]:
@@ -144,13 +150,23 @@ def _fill(group: list[_Place], factors: list[LoraFactors], data: NDArray[np.uint
     B, b_scale = _fitted(np.stack([pair.B for pair in factors]), first.size, axis=1)
     own = np.array([pair.scale for pair in factors], np.float32)[:, None]
     scales[:, :rank] = own * a_scale * b_scale
-    if rank != first.rank:
-        A = np.pad(A, ((0, 0), (0, first.rank - rank), (0, 0)))
-    a[:, :, :width] = A.reshape(count, -1, STRIP, width).swapaxes(2, 3)
+    A, B = _padded(A, 1, STRIP), _padded(B, 2, STRIP)
+    word = A.dtype if first.run == 1 else np.dtype(f"u{first.run}")  # a run of numbers moves as one
+    A, B = _padded(A, 2, first.run).view(word), B.view(word)
+    a, b = a.view(word)[..., 0], b.view(word)[..., 0]
+    a[:, :, : A.shape[2]] = A.reshape(count, -1, STRIP, A.shape[2]).swapaxes(2, 3)
     full = out // GROUP
-    b[:, :full, :rank] = B[:, : full * GROUP].reshape(count, full, GROUP, rank).swapaxes(2, 3)
+    b[:, :full] = B[:, : full * GROUP].reshape(count, full, GROUP, B.shape[2]).swapaxes(2, 3)
     if out % GROUP:
-        b[:, full, :rank, : out % GROUP] = B[:, full * GROUP :].swapaxes(1, 2)
+        b[:, full, :, : out % GROUP] = B[:, full * GROUP :].swapaxes(1, 2)
+
+
+def _padded(array: NDArray[Any], axis: int, multiple: int) -> NDArray[Any]:
+    """The array with zeros behind, so that an axis has a multiple of some length."""
+    missing = -array.shape[axis] % multiple
+    if not missing:
+        return np.ascontiguousarray(array)
+    return np.pad(array, [(0, missing if at == axis else 0) for at in range(array.ndim)])
 
 
 def _fitted(stack: NDArray[Any], size: int, axis: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
@@ -166,7 +182,13 @@ def _fitted(stack: NDArray[Any], size: int, axis: int) -> tuple[NDArray[Any], ND
         exponents = np.clip(np.frexp(tops)[1], -100, 127)  # so that both powers are float32 numbers
         values *= np.ldexp(np.float32(1), -exponents)[:, None, None]
         return values.astype(np.float16), np.ldexp(np.float32(1), exponents)[:, None]
-    scale = np.maximum(values.max(axis=axis, initial=0), -values.min(axis=axis, initial=0)) / np.float32(127)
+    folded = values
+    if axis == 1 and values.shape[1] % GROUP == 0:  # long rows are found the largest of much faster than short ones
+        folded = values.reshape(len(values), -1, GROUP * values.shape[2])
+    tops = np.maximum(folded.max(axis=axis, initial=0), -folded.min(axis=axis, initial=0))
+    if folded is not values:
+        tops = tops.reshape(len(values), GROUP, -1).max(axis=1)
+    scale = tops / np.float32(127)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > SMALLEST)
     values *= np.expand_dims(inverse, axis)
     return np.rint(values, out=values).astype(np.int8), scale
