@@ -47,8 +47,15 @@ async def test_a_model_is_pulled_listed_shown_and_removed(context: Context, tmp_
         ("smollm2-135m", "chat", "available"),
     ]
 
+    packed = context.settings.folder("packed")
+    packed.mkdir()
+    of_this, of_another = (packed / f"{sha256}-auto-v1.pack" for sha256 in (file["sha256"], "0" * 64))
+    of_this.write_bytes(b"packed")
+    of_another.write_bytes(b"packed")
     removed = await find_command("model/rm").run(ModelName(name="mine"), context)
-    assert removed.model_dump() == {"name": "mine", "freed_bytes": source.stat().st_size}
+    assert removed.model_dump() == {"name": "mine", "freed_bytes": source.stat().st_size + len(b"packed")}
+    assert not of_this.exists()
+    assert of_another.exists()
     with pytest.raises(ModelNotFound):
         await show.run(ModelName(name="mine"), context)
 

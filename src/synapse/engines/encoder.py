@@ -149,7 +149,7 @@ def open_encoder_folder(
     """Open the encoder in a folder; see `open_encoder`."""
     if backend not in ("reference", "native", "auto"):
         raise InvalidInput(f"the backend is reference, native or auto, not {backend!r}")
-    linear = linear_maker(precision, backend)
+    linear = linear_maker(precision, backend, threads)
     if backend == "native":
         if python_forced():
             raise Unavailable("native code is turned off", hint="unset SYNAPSE_FORCE_PYTHON")

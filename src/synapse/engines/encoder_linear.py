@@ -5,6 +5,7 @@ A map takes x, [rows, in], and gives x Wᵀ + b, [rows, out].
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -52,8 +53,8 @@ def int8_linear(weight: Array, bias: Array) -> FloatLinear:
     return FloatLinear(Int8Map(weight, bias).weight, bias)
 
 
-def linear_maker(precision: Precision, backend: Backend) -> LinearMaker:
-    """What makes an encoder's maps.
+def linear_maker(precision: Precision, backend: Backend, threads: int = 0) -> LinearMaker:
+    """What makes an encoder's maps. The kernel computes with so many threads; 0 means one per core.
 
     Raises:
         InvalidInput: there is no such precision.
@@ -62,7 +63,7 @@ def linear_maker(precision: Precision, backend: Backend) -> LinearMaker:
     if precision not in ("float32", "int8"):
         raise InvalidInput(f"the precision is float32 or int8, not {precision!r:.40}")
     if precision == "int8":
-        return int8_linear if backend == "reference" else Int8Map
+        return int8_linear if backend == "reference" else partial(Int8Map, threads=threads)
     if backend == "native":
         raise Unavailable(
             "the kernel computes encoders with eight-bit weights only",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
@@ -121,10 +123,24 @@ async def show_model(params: ModelName, context: Context) -> ModelInfo:
 
 @command("model/rm", permission="manage")
 async def remove_model(params: ModelName, context: Context) -> RemovedModel:
-    """Delete a model's files."""
+    """Delete a model's files, and what engines have made of them."""
     library = await context.get(open_library)
     removed = library.remove(params.name)
-    return RemovedModel(name=removed.name, freed_bytes=removed.size_bytes)
+    kept = {file.sha256 for model in library.list() for file in model.files}
+    gone = [file.sha256 for file in removed.files if file.sha256 not in kept]
+    freed = removed.size_bytes + _remove_packed(context.settings.folder("packed"), gone)
+    return RemovedModel(name=removed.name, freed_bytes=freed)
+
+
+def _remove_packed(folder: Path, sources: list[str]) -> int:
+    """Delete the packed forms of these files, and say how many bytes they had. A process that uses one keeps it."""
+    freed = 0
+    for path in [path for sha256 in sources for path in folder.glob(f"{sha256}-*.pack")]:
+        with contextlib.suppress(OSError):  # on Windows, one in use cannot go
+            size = path.stat().st_size
+            path.unlink()
+            freed += size
+    return freed
 
 
 def _info(model: LibraryModel) -> ModelInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from collections.abc import Mapping
 from functools import cached_property
@@ -75,8 +76,8 @@ class _Place:
         self.a_shape = (self.rank // STRIP, _up(width, BLOCK) // self.run, STRIP, self.run)
         self.b_shape = (_up(out, BLOCK) // GROUP, self.rank // self.run, GROUP, self.run)
         self.a_offset = offset
-        self.b_offset = self.a_offset + _up(int(np.prod(self.a_shape)) * size, 64)
-        self.scale_offset = self.b_offset + _up(int(np.prod(self.b_shape)) * size, 64)
+        self.b_offset = self.a_offset + _up(math.prod(self.a_shape) * size, 64)
+        self.scale_offset = self.b_offset + _up(math.prod(self.b_shape) * size, 64)
         self.end = self.scale_offset + _up(self.rank * 4, 64)
 
     def views(self, data: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]]:

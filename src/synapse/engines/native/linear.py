@@ -25,7 +25,7 @@ from synapse.engines.native.call import (
 )
 from synapse.engines.native.kernel import KERNEL, find
 from synapse.engines.native.layers import GROUP
-from synapse.engines.native.model import cores
+from synapse.engines.native.model import MOST_THREADS, cores
 from synapse.engines.native.packing import quantise_q8, unpack
 from synapse.hotpath.kernel_checks import load_build
 from synapse.hotpath.kernel_spec import KernelBuild
@@ -43,7 +43,9 @@ PLAN: Plan = (Stage("full", share=1.0, compare=0.001, dwell=timedelta(days=30), 
 class Int8Map:
     """A linear map whose weights have eight bits, a scale for each block of 32 inputs; the bias is float32."""
 
-    def __init__(self, weight: Array, bias: Array) -> None:
+    def __init__(self, weight: Array, bias: Array, threads: int = 0) -> None:
+        """Round a weight, float32[out, in], with a bias, float32[out]. So many threads compute, 0: one per core."""
+        self.threads = threads
         self.shape = (weight.shape[0], weight.shape[1])
         self.records = np.ascontiguousarray(quantise_q8(weight)).view(np.uint8).reshape(-1)
         self.bias = np.zeros(padded(len(bias)), np.float32)
@@ -93,7 +95,7 @@ class Mapper:
                 *(address(linear.bias), 1),
             )
             self._team.run(address(fields))
-        return y[:, :out]
+        return np.ascontiguousarray(y[:, :out])
 
     def _make_room(self, rows: int, width: int) -> None:
         if rows > self._rows or width > self._width:
@@ -105,8 +107,8 @@ class Mapper:
 
 
 @cache
-def _mapper(library: ctypes.CDLL) -> Mapper:
-    return Mapper(library, cores())
+def _mapper(library: ctypes.CDLL, threads: int) -> Mapper:
+    return Mapper(library, threads)
 
 
 def agrees(answer: Array, expected: Array) -> bool:
@@ -118,7 +120,7 @@ def agrees(answer: Array, expected: Array) -> bool:
 
 def apply_native(library: ctypes.CDLL, linear: Int8Map, x: Array) -> Array:
     """A map by the kernel."""
-    return _mapper(library).apply(linear, x)
+    return _mapper(library, min(linear.threads or cores(), MOST_THREADS)).apply(linear, x)
 
 
 def bind(path: Path) -> Any:
