@@ -48,7 +48,6 @@ async def test_a_model_is_pulled_listed_shown_and_removed(context: Context, tmp_
     ]
 
     packed = context.settings.folder("packed")
-    packed.mkdir()
     of_this, of_another = (packed / f"{sha256}-auto-v1.pack" for sha256 in (file["sha256"], "0" * 64))
     of_this.write_bytes(b"packed")
     of_another.write_bytes(b"packed")
