@@ -1,8 +1,8 @@
 """Native kernels: compiled from Mojo for this CPU, kept in a cache, and checked before a call is made into them.
 
 A kernel is a Mojo source beside the Python module that specifies it. `build_kernel` compiles it into a library that
-needs nothing but libc, `find_build` finds a library that fits, `load_build` checks it and opens it. Kernels are for
-Linux; elsewhere, and without the compiler, the references answer.
+needs nothing but libc and the interpreter that loads it, `find_build` finds a library that fits, `load_build` checks it
+and opens it. Kernels are for Linux; elsewhere, and without the compiler, the references answer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
     "load_build",
 ]
 
-MODULES = ("synapse.hotpath.pattern_native", "synapse.engines.native.kernel")
+MODULES = ("synapse.hotpath.pattern_native", "synapse.engines.native.kernel", "synapse.callosum.router_native")
 """Each has one `KERNEL`. Rooms above this one are named, not imported, until somebody asks for the kernels."""
 
 
