@@ -1,0 +1,32 @@
+"""News of the hot paths as messages: `hotpath.promoted`, `hotpath.quarantined`, `hotpath.alert` and so on.
+
+The room of the hot paths lies below this one and knows nothing of it: `recording` connects the two.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from synapse.callosum.payloads import Payload, event
+from synapse.callosum.publishing import publish
+from synapse.hotpath.news import WARNINGS, Kind, News
+
+URGENT = 7
+
+
+class HotPathNews(Payload):
+    """Something that happened to a hot path; `build` is empty where it does not matter."""
+
+    path: str
+    build: str
+    message: str
+
+
+for _kind in get_args(Kind):
+    event(f"hotpath.{_kind}")(HotPathNews)
+
+
+def publish_news(news: News) -> None:
+    """Publish a piece of news, what somebody should look at with a higher priority. For `synapse.hotpath.listen`."""
+    payload = HotPathNews(path=news.path, build=news.build, message=news.message)
+    publish(f"hotpath.{news.kind}", payload, priority=URGENT if news.kind in WARNINGS else 4)
