@@ -29,6 +29,11 @@ class Settings(BaseSettings):
 
     home: Path = Field(default_factory=default_home, description="where models, layers and the database live")
     database_url: str = Field("", description="SQLAlchemy URL; empty means SQLite in the home folder")
+    events: str = Field(
+        "embedded",
+        pattern=r"^(embedded|memory|(valkeys?|rediss?|unix)://.+)$",
+        description="where events are kept: embedded (a file in the home folder), memory, or a valkey:// URL",
+    )
     default_model: str = Field("smollm2-135m", description="the base model of a new persona")
     default_encoder: str = Field("all-minilm-l6-v2", description="the model that makes vectors of texts")
     encoder_precision: str = Field("float32", description="weights of encoders: float32, or int8, which has a kernel")

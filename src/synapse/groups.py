@@ -26,5 +26,6 @@ GROUPS: dict[str, Group] = {
     "data": Group("synapse.store.commands", "Entities of the store, by collection name."),
     "hotpath": Group("synapse.hotpath.commands", "Hot paths: status, rollout, ranking."),
     "kernels": Group("synapse.hotpath.kernel_commands", "Native kernels: build, list, verify."),
+    "events": Group("synapse.callosum.commands", "Events: follow them, count them, dead letters."),
     "key": Group("synapse.server.commands", "API keys of the server."),
 }

@@ -122,3 +122,13 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_politely(terminal: Terminal, key:
     terminal.type(key)
     assert terminal.ended() == 0
     assert "Traceback" not in terminal.shown
+
+
+def test_an_answer_is_recorded_before_the_next_message_is_typed(terminal: Terminal, synapse) -> None:
+    terminal.wait_for("you> ")
+    terminal.type("hello\r")
+    terminal.wait_for("24 tokens · ")
+    terminal.wait_for("you> ")
+    assert "persona.turn.finished" in synapse("events", "tail").out
+    terminal.type("/exit\r")
+    assert terminal.ended() == 0

@@ -57,7 +57,7 @@ async def test_a_server_that_is_stopping_or_has_no_store_says_so(tmp_path: Path)
     async with Context(settings) as context:
         app = create_app(context)
         app.state.server.loading = None
-        app.state.server.stopping = True
+        app.state.server.stop.set()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             response = await client.get("/ready")

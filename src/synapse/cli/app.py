@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -113,7 +114,16 @@ class RegistryGroup(HelpfulGroup):
 
             for command in load_group(str(self.name)):
                 self.add_command(_typer_command(command), command.verb)
+            for program in programs.GROUP_PROGRAMS.get(str(self.name), ()):
+                self.add_command(_typer_program(program), program.__name__)
         return dict(self.commands)
+
+
+def _typer_program(program: Callable[..., None]) -> AnyCommand:
+    """The Typer command of a program of the terminal."""
+    app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings=HELP_OPTIONS)
+    app.command(cls=HelpfulCommand)(program)
+    return typer.main.get_command(app)
 
 
 def _typer_command(command: Command) -> AnyCommand:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Mapping
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, Field
 
+from synapse.callosum.recording import recording
 from synapse.cli.chat_session import ChatSession
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.progress import TerminalProgress
@@ -82,15 +83,16 @@ def run_chat(request: ChatRequest) -> None:
     # The loop only runs while there is something to wait for: at the prompt the main thread reads the keyboard, and
     # Ctrl-C is Python's own. During an answer `Runner` turns Ctrl-C into a cancellation of that answer.
     with asyncio.Runner() as runner, TerminalProgress() as progress:
-        context = Context(load_settings(), progress=progress)
-        runner.run(context.__aenter__())
+        open_now = AsyncExitStack()
         try:
+            context = runner.run(open_now.enter_async_context(Context(load_settings(), progress=progress)))
+            events = runner.run(open_now.enter_async_context(recording(context)))
             persona, conversation = runner.run(_opened(context, request))
             runner.run(_warm_up(context, persona))
             progress.close()
-            ChatSession(runner, context, persona, conversation, request.sampling).run()
+            ChatSession(runner, context, events, persona, conversation, sampling=request.sampling).run()
         finally:
-            runner.run(context.__aexit__(None, None, None))
+            runner.run(open_now.aclose())
 
 
 def _given_message(request: ChatRequest) -> str | None:
@@ -126,7 +128,7 @@ async def _warm_up(context: Context, persona: Persona) -> None:
 
 async def _one_answer(request: ChatRequest, message: str) -> None:
     with TerminalProgress(quiet=request.as_json) as progress:
-        async with Context(load_settings(), progress=progress) as context:
+        async with Context(load_settings(), progress=progress) as context, recording(context):
             persona, conversation = await _opened(context, request)
             await ensure_base_model(context, persona.base_model, None if request.as_json else tell)
             progress.close()

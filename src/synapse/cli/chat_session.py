@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
+from synapse.callosum.outbox import Outbox
 from synapse.cli.line_editor import LineEditor
 from synapse.cli.problems import problem_of, show_problem
 from synapse.cli.text import left_out_notice, printable, style_of, tell, write_answer
@@ -23,6 +24,8 @@ from synapse.store import open_store
 
 COMMAND = re.compile(r"/[a-z]+(?=\s|$)")
 PROMPT = "you> "
+EVENTS_SECONDS = 1.0
+"""Longest wait, after an answer, for its event to be recorded; later there is another chance."""
 
 
 class ChatSession:
@@ -32,12 +35,15 @@ class ChatSession:
         self,
         runner: asyncio.Runner,
         context: Context,
+        events: Outbox,
         persona: Persona,
         conversation: Conversation | None,
+        *,
         sampling: Mapping[str, Any],
     ) -> None:
         self._runner = runner
         self._context = context
+        self._events = events
         self._persona = persona
         self._conversation = conversation
         self._sampling = dict(sampling)
@@ -104,6 +110,7 @@ class ChatSession:
                 task.uncancel()
             write_answer("\n")
             tell("stopped")
+        await self._events.settled(EVENTS_SECONDS)  # at the prompt the loop stands still
 
     def _notice_left_out(self, left_out: int) -> None:
         if left_out and not self._told_left_out:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
+from synapse.callosum.recording import recording
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.output import human_bytes
 from synapse.cli.progress import TerminalProgress
@@ -83,7 +84,7 @@ def run_demo(*, as_json: bool) -> None:
 async def _demo(as_json: bool) -> DemoResult:
     starters = load_starters()
     with TerminalProgress(quiet=as_json) as progress:
-        async with Context(load_settings(), progress=progress) as context:
+        async with Context(load_settings(), progress=progress) as context, recording(context):
             model = context.settings.default_model
             await ensure_base_model(context, model, None if as_json else tell)
             progress.close()

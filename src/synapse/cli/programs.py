@@ -1,4 +1,4 @@
-"""What the terminal offers beside the registry's commands: `chat`, `demo`, `up` and `version`.
+"""What the terminal offers beside the registry's commands: `chat`, `demo`, `up`, `version` and `events tail`.
 
 Each imports what it needs when it runs.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -79,4 +80,27 @@ def demo(as_json: Json = False) -> None:
     run_demo(as_json=as_json)
 
 
+def tail(
+    pattern: Annotated[
+        str, typer.Option("--pattern", "-p", help="Topics: words joined by dots, * for any word, ** for the rest.")
+    ] = "**",
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="From so long ago (10m, 2h, 1d) or from a time on.")
+    ] = None,
+    lines: Annotated[
+        int | None, typer.Option("--lines", "-n", min=0, help="At most so many; by default 20, or all with --since.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
+) -> None:
+    """Print the newest events of this home, whichever process they come from."""
+    from synapse.cli.tail import TailRequest, run_tail
+
+    if lines is None and since is None:
+        lines = 20
+    run_tail(TailRequest(pattern, lines, since, follow, as_json))
+
+
 PROGRAMS = (chat, demo, up, version)
+GROUP_PROGRAMS: Mapping[str, tuple[Callable[..., None], ...]] = {"events": (tail,)}
+"""Programs that stand among the commands of a group."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from synapse.callosum.recording import recording
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.options import read_params
 from synapse.cli.output import show_result
@@ -30,5 +31,5 @@ def run_command(command: Command, values: Mapping[str, Any], *, as_json: bool) -
 
 
 async def _run(command: Command, params: BaseModel, progress: TerminalProgress) -> BaseModel:
-    async with Context(load_settings(), progress=progress) as context:
+    async with Context(load_settings(), progress=progress) as context, recording(context):
         return await command.run(params, context)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
 
+from synapse.callosum.publishing import publish
 from synapse.commands import Context
 from synapse.config import Settings, load_settings
 from synapse.engines.engine import Backend, Engine, Limits, open_engine_file
+from synapse.engines.events import EngineOpened
 from synapse.engines.native.layers import Precision
 from synapse.engines.native.packed_file import Quantisation
 from synapse.engines.runner import EngineRunner
@@ -67,10 +70,13 @@ class EngineHost:
         async with self._opening:
             if path not in self._runners:
                 backend = cast(Backend, self._settings.backend)
+                started = time.perf_counter()
                 engine = await asyncio.to_thread(
                     open_engine_file, path, backend, limits_from(self._settings), path.parent.name
                 )
                 self._runners[path] = EngineRunner(engine, max_active=self._settings.max_concurrent_requests)
+                opened = EngineOpened(model=path.parent.name, seconds=time.perf_counter() - started)
+                publish("engine.opened", opened)
             return self._runners[path]
 
     @property

@@ -7,6 +7,8 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from synapse.callosum.publishing import publish
+from synapse.engines.events import LayerInMemory
 from synapse.engines.lora import Layer
 from synapse.errors import Conflict, Corrupt, NotFound
 from synapse.models.adapter import Adapter, read_adapter
@@ -118,6 +120,7 @@ class LayerCache:
     def _keep(self, layer: Layer, in_use: Set[str]) -> None:
         if layer.id not in self._layers:
             self.reads += 1
+            self._tell("layer.loaded", layer)
         self._layers[layer.id] = layer
         self._layers.move_to_end(layer.id)
         for candidate in list(self._layers):
@@ -125,8 +128,12 @@ class LayerCache:
             if len(self._layers) <= self._max_layers and held <= self._max_bytes:
                 break
             if candidate != layer.id and candidate not in in_use:
-                del self._layers[candidate]
+                evicted = self._layers.pop(candidate)
                 self.evictions += 1
+                self._tell("layer.evicted", evicted)
+
+    def _tell(self, topic: str, layer: Layer) -> None:
+        publish(topic, LayerInMemory(layer=layer.id, model=", ".join(self._names), bytes=layer.bytes))
 
 
 def _signature(folder: Path) -> Signature:

@@ -12,7 +12,9 @@ from typing import TypeVar
 
 import structlog
 
+from synapse.callosum.publishing import publish
 from synapse.engines.engine import Counters, Engine
+from synapse.engines.events import EngineFailed
 from synapse.engines.request import Event, Finished, Request
 from synapse.errors import InternalError, Overloaded, Unavailable
 
@@ -174,6 +176,8 @@ class EngineRunner:
             events = self.engine.step()
         except Exception as error:
             log.exception("engine step failed", active=len(self._streams))
+            failed = EngineFailed(error=type(error).__name__, answers=len(self._streams))
+            publish("engine.failed", failed, priority=8)
             self.engine.reset()
             failure = InternalError(
                 f"the engine failed: {error}", hint="the details are in the log; other requests go on"

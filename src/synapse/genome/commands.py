@@ -12,6 +12,7 @@ from synapse.commands import Argument, Context, command
 from synapse.errors import InvalidInput, NotFound
 from synapse.genome.cards import parse_card
 from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference, TraitType, genomes_with
+from synapse.genome.events import publish_genome
 from synapse.genome.notation import NOTATION, parse_layers
 from synapse.genome.registry import LayerRegistry, open_layers
 from synapse.genome.sources import STARTER, STARTERS, starter_names
@@ -236,8 +237,9 @@ async def create_genome(params: CreateGenome, context: Context) -> GenomeInfo:
         "base_model": base or context.settings.default_model,
         "layers": _references(stacked),
     }
-    genome = build(Genome, fields)
-    return await _genome_info(store, await store.create(genome))
+    genome = await store.create(build(Genome, fields))
+    publish_genome("genome.created", genome)
+    return await _genome_info(store, genome)
 
 
 @command("genome/list", permission="read")
@@ -267,7 +269,9 @@ async def edit_genome(params: EditGenome, context: Context) -> GenomeInfo:
         changes["name"] = params.rename
     if not changes:
         raise InvalidInput("there is nothing to change", hint="give --layers or --rename")
-    return await _genome_info(store, await store.update(Genome, genome.id, changes))
+    genome = await store.update(Genome, genome.id, changes)
+    publish_genome("genome.changed", genome)
+    return await _genome_info(store, genome)
 
 
 @command("genome/delete", permission="manage")
@@ -277,6 +281,7 @@ async def delete_genome(params: OneGenome, context: Context) -> GenomeInfo:
     genome = await find_genome(store, params.name)
     info = await _genome_info(store, genome)
     await store.delete(Genome, genome.id)
+    publish_genome("genome.deleted", genome)
     return info
 
 

@@ -24,6 +24,7 @@ from synapse.config import PRIVATE_FOLDER
 from synapse.errors import Conflict, Corrupt, InvalidInput, NotFound, Overloaded, Unavailable
 from synapse.genome.cards import CARD_FILE
 from synapse.genome.entities import GenomeLayer, SharePermission, TraitType
+from synapse.genome.events import publish_layer
 from synapse.genome.sources import DOWNLOADING, LayerFiles, read_source
 from synapse.models.adapter import (
     CONFIG_FILE,
@@ -114,7 +115,11 @@ class LayerRegistry:
                     f"there is another layer called {layer.name}", hint="choose another name with --name", id=present.id
                 )
             await asyncio.to_thread(self._keep, adapter.sha256, found)
-            return present or await self._store.create(layer)
+            if present is not None:
+                return present
+            await self._store.create(layer)
+        publish_layer("layer.added", layer)
+        return layer
 
     async def list(self) -> list[GenomeLayer]:
         """Every layer, by name."""
@@ -183,6 +188,7 @@ class LayerRegistry:
             await self._store.delete(GenomeLayer, layer.id)
             if layer.sha256 is not None and await self._store.find(GenomeLayer, sha256=layer.sha256) is None:
                 await asyncio.to_thread(self._discard, layer.sha256)
+        publish_layer("layer.removed", layer)
 
     @asynccontextmanager
     async def _locked(self) -> AsyncIterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -16,11 +17,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from synapse.callosum.publishing import publish
 from synapse.commands import Context, Progress
 from synapse.commands.context import no_progress
 from synapse.errors import Conflict, NotFound, SynapseError, Unavailable
 from synapse.models.encoder_file import open_encoder_file
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
+from synapse.models.events import ModelPulled, ModelRemoved
 from synapse.models.gguf_file import open_model_file
 from synapse.models.manifest import (
     MANIFESTS,
@@ -130,6 +133,7 @@ class ModelLibrary:
             grave.parent.mkdir(parents=True)
             model.folder.replace(grave)  # at once, so that nobody finds half of it
             shutil.rmtree(grave.parent)
+        publish("model.removed", ModelRemoved(name=model.name, freed_bytes=model.size_bytes))
         return model
 
     def resolve(self, name_or_path: str) -> Path:
@@ -212,6 +216,7 @@ class ModelLibrary:
         return wanted_from(place, name, self._manifests.get(name))
 
     def _pull(self, manifest: Manifest, transfer: Transfer) -> LibraryModel:
+        started = time.perf_counter()
         with disk_errors(self._folder), self._lock(manifest.name, transfer):
             try:
                 present = self._find(manifest.name)
@@ -229,6 +234,7 @@ class ModelLibrary:
                     shutil.rmtree(work, ignore_errors=True)
                 raise
             shutil.rmtree(work)
+            publish("model.pulled", _pulled(model, time.perf_counter() - started))
             return model
 
     def _install(self, manifest: Manifest, work: Path, transfer: Transfer) -> LibraryModel:
@@ -298,6 +304,12 @@ class ModelLibrary:
             except Timeout:
                 if transfer is not None:
                     transfer.check()
+
+
+def _pulled(model: LibraryModel, seconds: float) -> ModelPulled:
+    return ModelPulled(
+        name=model.name, kind=model.kind, source=model.source, size_bytes=model.size_bytes, seconds=seconds
+    )
 
 
 def _open(manifest: Manifest, folder: Path) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from synapse.engines import (
 from synapse.models.chat_template import Message as ChatMessage
 from synapse.models.chat_template import encode_chat
 from synapse.personas.entities import Persona
+from synapse.personas.events import TurnNews
 from synapse.personas.history import alternating, fit, with_system_prompt
 from synapse.personas.layers import persona_stack
 
@@ -38,11 +39,13 @@ class Turn:
 
     Attributes:
         request: what the engine is asked; change it with `dataclasses.replace` for other seeds of the same prompt.
+        news: publishes how the turn ends; `run_turn` tells it, and whoever runs the request without that.
         left_out: messages that were too old to fit the context.
     """
 
     runner: EngineRunner
     request: Request
+    news: TurnNews
     left_out: int = 0
 
     async def events(self) -> AsyncGenerator[Event]:
@@ -89,6 +92,7 @@ class TurnOptions:
         sampling: settings of `SamplingDefaults` by name, and their values.
         trim: leave the oldest turns out when the history is too long, instead of refusing it.
         stack: the layers' folders and weights to use in place of the persona's genome.
+        conversation: the id of the conversation it is part of, for what is published about it.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -98,6 +102,7 @@ class TurnOptions:
     grammar: Grammar | None = None
     trim: bool = True
     stack: tuple[tuple[Path, float], ...] | None = None
+    conversation: str | None = None
 
 
 async def prepare_turn(
@@ -115,6 +120,20 @@ async def prepare_turn(
         LayerRefused, Corrupt: a layer's files cannot be used.
     """
     options = options or TurnOptions()
+    news = TurnNews(persona, options.conversation)
+    try:
+        return await _prepared(context, persona, messages, options, news)
+    except Exception as error:
+        news.failed(error)
+        raise
+    except BaseException:
+        news.cancelled()
+        raise
+
+
+async def _prepared(
+    context: Context, persona: Persona, messages: Sequence[ChatMessage], options: TurnOptions, news: TurnNews
+) -> Turn:
     settings = persona.sampling.with_overrides(options.sampling)
     runner = await (await context.get(open_engines)).get(persona.base_model)
     stack = options.stack if options.stack is not None else await persona_stack(context, persona)
@@ -142,7 +161,7 @@ async def prepare_turn(
         logprobs=options.logprobs,
         grammar=options.grammar,
     )
-    return Turn(runner, request, left_out)
+    return Turn(runner, request, news, left_out)
 
 
 async def run_turn(turn: Turn) -> AsyncGenerator[ChatEvent]:
@@ -152,13 +171,25 @@ async def run_turn(turn: Turn) -> AsyncGenerator[ChatEvent]:
         as `EngineRunner.generate`.
     """
     started = time.perf_counter()
-    async with aclosing(turn.events()) as events:
-        async for event in events:
-            if isinstance(event, Delta):
-                if event.text:
-                    yield TextDelta(event.text)
-            else:
-                yield _finished(event, time.perf_counter() - started)
+    try:
+        async with aclosing(turn.events()) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    if event.text:
+                        yield TextDelta(event.text)
+                else:
+                    turn.news.finished(
+                        event.reason,
+                        prompt_tokens=event.prompt_tokens,
+                        tokens=event.completion_tokens,
+                        cached_tokens=event.cached_tokens,
+                    )
+                    yield _finished(event, time.perf_counter() - started)
+    except Exception as error:
+        turn.news.failed(error)
+        raise
+    finally:
+        turn.news.cancelled()  # unless something else was told
 
 
 def _finished(event: Finished, seconds: float) -> TurnFinished:

@@ -11,10 +11,12 @@ from synapse.commands import Argument, Context, command
 from synapse.errors import Conflict, InvalidInput
 from synapse.genome.commands import GenomeInfo, OneGenome, find_genome, show_genome
 from synapse.genome.entities import Genome
+from synapse.genome.events import publish_genome
 from synapse.genome.notation import NOTATION, parse_layers
 from synapse.models.library import open_library
 from synapse.personas import conversation_commands
 from synapse.personas.entities import MAX_PROMPT_LENGTH, PERSONA_NAME, Conversation, Persona
+from synapse.personas.events import publish_persona
 from synapse.personas.layers import genome_text, make_genome
 from synapse.personas.lookup import find_persona
 from synapse.personas.sampling import SamplingChoices, SamplingDefaults
@@ -133,7 +135,10 @@ async def create_persona(params: CreatePersona, context: Context) -> PersonaInfo
     async def work() -> Persona:
         return await store.create(persona.model_copy(update=await _genome_change(context, persona, params)))
 
-    return await _info(store, await store.atomically(work))
+    created = await store.atomically(work)
+    await _publish_own_genome(store, created, params)
+    publish_persona("persona.created", created)
+    return await _info(store, created)
 
 
 @command("persona/list", permission="read")
@@ -168,7 +173,7 @@ async def edit_persona(params: EditPersona, context: Context) -> PersonaInfo:
     if params.model is not None:
         await _check_model(context, params.model)
 
-    async def work() -> Persona:
+    async def work() -> tuple[Persona, tuple[str, ...]]:
         persona = await find_persona(store, params.name)
         changes: dict[str, Any] = {
             "name": params.rename,
@@ -184,9 +189,12 @@ async def edit_persona(params: EditPersona, context: Context) -> PersonaInfo:
         if not changes:
             raise InvalidInput("nothing to change was given", hint="`synapse persona edit --help` lists what can be")
         await _check_fits(store, persona.model_copy(update=changes))
-        return await store.update(Persona, persona.id, changes)
+        return await store.update(Persona, persona.id, changes), tuple(changes)
 
-    return await _info(store, await store.atomically(work))
+    edited, changes = await store.atomically(work)
+    await _publish_own_genome(store, edited, params)
+    publish_persona("persona.changed", edited, changes)
+    return await _info(store, edited)
 
 
 @command("persona/delete", permission="manage")
@@ -194,17 +202,20 @@ async def delete_persona(params: DeletePersona, context: Context) -> PersonaInfo
     """Delete a persona and the genome that was made for it alone; its layers stay."""
     store = await context.get(open_store)
 
-    async def work() -> PersonaInfo:
+    async def work() -> tuple[Persona, PersonaInfo, list[Genome]]:
         persona = await find_persona(store, params.name)
         info = await _info(store, persona)
         if info.conversations and not params.with_conversations:
             noun = "a conversation" if info.conversations == 1 else f"{info.conversations} conversations"
             raise Conflict(f"{persona.name} has had {noun}", hint="--with-conversations deletes them as well")
         await store.delete(Persona, persona.id)
-        await _delete_own_genomes(store, persona)
-        return info
+        return persona, info, await _delete_own_genomes(store, persona)
 
-    return await store.atomically(work)
+    deleted, info, genomes = await store.atomically(work)
+    publish_persona("persona.deleted", deleted)
+    for genome in genomes:
+        publish_genome("genome.deleted", genome)
+    return info
 
 
 @command("persona/set-genome", permission="manage")
@@ -212,15 +223,16 @@ async def set_genome(params: SetGenome, context: Context) -> PersonaGenome:
     """Give a persona another genome, or none."""
     store = await context.get(open_store)
 
-    async def work() -> PersonaGenome:
+    async def work() -> Persona:
         persona = await find_persona(store, params.name)
         genome = None if params.genome == "none" else await find_genome(store, params.genome)
         changes = {"genome_id": genome.id if genome else None}
         await _check_fits(store, persona.model_copy(update=changes))
-        await store.update(Persona, persona.id, changes)
-        return await _wears(context, persona.model_copy(update=changes))
+        return await store.update(Persona, persona.id, changes)
 
-    return await store.atomically(work)
+    changed = await store.atomically(work)
+    publish_persona("persona.changed", changed, ("genome_id",))
+    return await _wears(context, changed)
 
 
 @command("persona/get-genome", permission="read")
@@ -267,11 +279,19 @@ async def _check_fits(store: Store, persona: Persona) -> None:
         )
 
 
-async def _delete_own_genomes(store: Store, persona: Persona) -> None:
-    """Delete the nameless genomes that were made for a persona and that nobody else wears."""
+async def _publish_own_genome(store: Store, persona: Persona, params: PersonaChoices) -> None:
+    """Publish the genome that was made for --layers."""
+    if params.layers is not None and persona.genome_id is not None:
+        publish_genome("genome.created", await store.get(Genome, persona.genome_id))
+
+
+async def _delete_own_genomes(store: Store, persona: Persona) -> list[Genome]:
+    """Delete the nameless genomes that were made for a persona and that nobody else wears; returns them."""
+    deleted = []
     for genome in await store.list(Genome, {"persona_id": persona.id}):
         if genome.name is None and await store.find(Persona, genome_id=genome.id) is None:
-            await store.delete(Genome, genome.id)
+            deleted.append(await store.delete(Genome, genome.id))
+    return deleted
 
 
 async def _info(store: Store, persona: Persona) -> PersonaInfo:

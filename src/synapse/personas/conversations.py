@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from synapse.commands import Context
 from synapse.errors import Conflict, InvalidInput, NotFound, TooLarge
@@ -95,6 +95,7 @@ async def say(
     earlier, question, answer = await _take_places(store, conversation, text)
     kept = _KeptAnswer(store, answer)
     try:
+        options = replace(options or TurnOptions(), conversation=conversation.id)
         turn = await prepare_turn(context, persona, as_chat([*earlier, question]), options)
         yield TurnStarted(conversation.id, turn.left_out)
         async with aclosing(run_turn(turn)) as events:

@@ -7,8 +7,10 @@ from importlib import resources
 from pydantic import BaseModel, ConfigDict, Field
 
 from synapse.commands import Context
+from synapse.genome.events import publish_genome
 from synapse.genome.registry import open_layers
 from synapse.personas.entities import Persona
+from synapse.personas.events import publish_persona
 from synapse.personas.layers import make_genome
 from synapse.personas.sampling import SamplingChoices, SamplingDefaults
 from synapse.store import open_store
@@ -56,4 +58,7 @@ async def ensure_starter(context: Context, starter: StarterPersona) -> Persona:
     await registry.add(f"starter:{starter.layer}", name=starter.layer, base_model=persona.base_model)
     async with store.transaction():
         genome = await make_genome(context, persona, [(starter.layer, 1.0)])
-        return await store.create(persona.model_copy(update={"genome_id": genome.id}))
+        persona = await store.create(persona.model_copy(update={"genome_id": genome.id}))
+    publish_genome("genome.created", genome)
+    publish_persona("persona.created", persona)
+    return persona

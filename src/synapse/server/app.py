@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import structlog
@@ -13,13 +15,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import synapse
+from synapse.callosum.bus_opening import open_bus, open_observer
+from synapse.callosum.message import Message
+from synapse.callosum.publishing import publish
+from synapse.callosum.recording import recording
 from synapse.commands import Context
 from synapse.engines import open_engines
 from synapse.errors import InternalError, InvalidInput, NotFound, SynapseError
 from synapse.hotpath.watch import open_hotpaths
-from synapse.server import embeddings, health, metrics, openai_routes
+from synapse.server import embeddings, event_routes, health, metrics, openai_routes
 from synapse.server.command_routes import command_routes
 from synapse.server.errors import WrongMethod, error_response, from_validation
+from synapse.server.events import ServerStarted, ServerStopped
 from synapse.server.limits import Slots
 from synapse.server.request_log import RequestLog
 from synapse.server.routing import ServerState
@@ -48,6 +55,7 @@ def create_app(context: Context, *, body_timeout: float = 30.0) -> FastAPI:
     app.include_router(metrics.router)
     app.include_router(openai_routes.router)
     app.include_router(embeddings.router)
+    app.include_router(event_routes.router)
     app.include_router(command_routes())
     app.add_middleware(RequestLog)
     app.exception_handler(SynapseError)(_known_error)
@@ -60,13 +68,30 @@ def create_app(context: Context, *, body_timeout: float = 30.0) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: ServerState = app.state.server
-    loading = asyncio.create_task(load_default_model(state))
+    started, process = time.monotonic(), os.getpid()
+
+    async def deliver(messages: Sequence[Message]) -> None:
+        await (await state.context.get(open_bus)).publish_many(messages)
+
+    async with recording(state.context, deliver):
+        publish("server.started", ServerStarted(version=synapse.__version__, process=process))
+        tasks = [asyncio.create_task(work(state)) for work in (load_default_model, observe)]
+        try:
+            yield
+        finally:
+            state.stop.set()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            publish("server.stopped", ServerStopped(process=process, seconds=time.monotonic() - started))
+
+
+async def observe(state: ServerState) -> None:
+    """Count the events of this process from its start. Without a log there is nothing to count, and that is logged."""
     try:
-        yield
-    finally:
-        state.stopping = True
-        loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
+        await state.context.get(open_observer)
+    except SynapseError as error:
+        log.warning("events are not observed", reason=error.message, hint=error.hint)
 
 
 async def load_default_model(state: ServerState) -> None:

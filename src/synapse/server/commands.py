@@ -7,8 +7,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
+from synapse.callosum.publishing import publish
 from synapse.commands import Argument, Context, command
 from synapse.errors import Conflict, NotFound
+from synapse.server.events import KeyNews
 from synapse.server.keys import ApiKey, KeyPermission, new_key
 from synapse.store import now, open_store
 
@@ -71,6 +73,7 @@ async def create_key(params: CreateKey, context: Context) -> NewKey:
         )
     secret, key = new_key(params.name, params.permissions)
     await store.create(key)
+    publish("key.created", KeyNews(name=key.name, permissions=tuple(key.permissions)))
     return NewKey(name=key.name, permissions=key.permissions, key=secret)
 
 
@@ -94,6 +97,7 @@ async def revoke_key(params: RevokeKey, context: Context) -> KeyRow:
         raise NotFound(f"there is no key called {params.name!r}", hint="`synapse key list` shows the keys")
     if key.revoked_at is None:
         key = await store.update(ApiKey, key.id, {"revoked_at": now()})
+        publish("key.revoked", KeyNews(name=key.name, permissions=tuple(key.permissions)))
     return _row(key)
 
 

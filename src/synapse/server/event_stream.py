@@ -1,4 +1,4 @@
-"""Server-sent events as OpenAI streams them: `data: {json}` lines, `data: [DONE]` at the end.
+"""Server-sent events: OpenAI's (`data: {json}` lines, `data: [DONE]` at the end), and Synapse's own, which have ids.
 
 Source: https://html.spec.whatwg.org/multipage/server-sent-events.html and OpenAI's streaming guide.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import structlog
@@ -22,31 +22,47 @@ from synapse.server.generation import unless_gone
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("synapse.server")
 
+KEEP_ALIVE = b":\n\n"
+"""A comment: nothing for the client, but a sign of life for what stands between."""
+STOPPING_TIME = 2.0
+"""Seconds that an endless stream gets for its end once the server was told to stop."""
+
 
 class EventStream(Response):
-    """A response that sends each object of a generator as one event.
+    """A response that sends the events of a generator, each as it comes.
 
-    An error that comes once the stream has begun is its last event, in OpenAI's shape, and no `[DONE]` follows. When
-    the client hangs up, or has not read everything after `timeout` seconds, the generator is closed at once.
-    `resources` are closed when the stream has ended, however it ended.
+    An error that comes once the stream has begun is its last event, in OpenAI's shape. When the client hangs up, or has
+    not read everything after `timeout` seconds (None: it may take any time), or two seconds after `stop` was set, the
+    generator is closed at once. `resources` are closed when the stream has ended, however it ended.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, objects: AsyncGenerator[dict[str, Any], None], *, resources: AsyncExitStack, timeout: float
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        resources: AsyncExitStack,
+        timeout: float | None,
+        stop: asyncio.Event | None = None,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._objects = objects
+        self._events = events
         self._resources = resources
         self._timeout = timeout
+        self._stop = stop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._resources:
             try:
-                async with asyncio.timeout(self._timeout):
-                    await unless_gone(Request(scope, receive), self._send_all(send))
+                async with asyncio.timeout(self._timeout) as limit:
+                    stopping = asyncio.create_task(_limit_when(self._stop, limit)) if self._stop is not None else None
+                    try:
+                        await unless_gone(Request(scope, receive), self._send_all(send))
+                    finally:
+                        if stopping is not None:
+                            stopping.cancel()
             except ClientGone:
                 pass  # an everyday event; the request's log line is all there is to say
             except TimeoutError:
@@ -54,23 +70,41 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        last = b""
         try:
-            async for found in self._objects:
-                await _send_part(send, _event(found))
+            async for event in self._events:
+                await _send_part(send, event)
         except SynapseError as error:
-            await _send_part(send, _event(openai_body(error)), last=True)
+            last = data_event(openai_body(error))
         except Exception:
             log.exception("a stream failed")
-            failure = InternalError("the server failed while it generated this answer")
-            await _send_part(send, _event(openai_body(failure)), last=True)
-        else:
-            await _send_part(send, b"data: [DONE]\n\n", last=True)
+            last = data_event(openai_body(InternalError("the server failed while it generated this answer")))
         finally:
-            await self._objects.aclose()
+            await self._events.aclose()
+        await _send_part(send, last, last=True)
 
 
-def _event(found: dict[str, Any]) -> bytes:
+async def _limit_when(stop: asyncio.Event, limit: asyncio.Timeout) -> None:
+    await stop.wait()
+    limit.reschedule(asyncio.get_running_loop().time() + STOPPING_TIME)
+
+
+async def openai_events(objects: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    """The objects of a stream as OpenAI sends them; `[DONE]` follows the last, unless an error came first."""
+    async with aclosing(objects):
+        async for found in objects:
+            yield data_event(found)
+    yield b"data: [DONE]\n\n"
+
+
+def data_event(found: dict[str, Any]) -> bytes:
+    """An event without a name."""
     return f"data: {json.dumps(found, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+def named_event(id_: str, name: str, body: str) -> bytes:
+    """An event with an id to go on from. None of the three has a line break."""
+    return f"id: {id_}\nevent: {name}\ndata: {body}\n\n".encode()
 
 
 async def _send_part(send: Send, body: bytes, *, last: bool = False) -> None:

@@ -48,6 +48,10 @@ class Generation:
 
         async with Generation(runner, requests, timeout=60) as events:
             async for index, event in events: ...
+
+    Attributes:
+        ends: how the requests ended whose last event was read.
+        failure: what ended the reading instead, if anything did.
     """
 
     def __init__(self, runner: EngineRunner, requests: Sequence[Request], *, timeout: float) -> None:
@@ -59,6 +63,8 @@ class Generation:
         self._first: tuple[int, Event] | None = None
         self._unfinished = len(requests)
         self._tasks: list[asyncio.Task[None]] = []
+        self.ends: dict[int, Finished] = {}
+        self.failure: Exception | None = None
 
     async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(self._pump(i, request)) for i, request in enumerate(self._requests)]
@@ -81,6 +87,18 @@ class Generation:
             SynapseError: what the engine raised for any of the requests.
             TimedOut: the deadline has passed.
         """
+        try:
+            index, event = await self._next()
+        except StopAsyncIteration:
+            raise
+        except Exception as error:
+            self.failure = error
+            raise
+        if isinstance(event, Finished):
+            self.ends[index] = event
+        return index, event
+
+    async def _next(self) -> tuple[int, Event]:
         if self._first is not None:
             first, self._first = self._first, None
             return first

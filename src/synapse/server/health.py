@@ -43,7 +43,7 @@ async def ready(request: Request) -> JSONResponse:
     """Say whether the model is loaded, the store answers and the server is not stopping."""
     state: ServerState = request.app.state.server
     reasons = [reason for reason in (state.loading, await _store_trouble(state)) if reason]
-    if state.stopping:
+    if state.stop.is_set():
         reasons.append("the server is stopping")
     readiness = Readiness(ready=not reasons, reasons=reasons)
     return JSONResponse(readiness.model_dump(), 503 if reasons else 200)

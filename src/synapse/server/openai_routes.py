@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from synapse.engines import BadGrammar, ContextOverflow
+from synapse.personas.events import TurnNews
 from synapse.server.catalogue import list_as_wire, show_as_wire
-from synapse.server.event_stream import EventStream
-from synapse.server.generation import Generation, collect, unless_gone
+from synapse.server.event_stream import EventStream, openai_events
+from synapse.server.generation import Generation, collect, count_usage, unless_gone
 from synapse.server.prompts import Prepared, prepare_chat, prepare_completions
 from synapse.server.routing import ServerState, guarded
 from synapse.server.shapes import (
@@ -80,6 +81,8 @@ async def _answer(
     count = len(prepared.requests)
     try:
         events = await resources.enter_async_context(Generation(prepared.runner, prepared.requests, timeout=timeout))
+        if prepared.news is not None:
+            resources.callback(_tell_end, prepared.news, events, count)
         if not body.stream:
             answers = await unless_gone(http, collect(events, count))
             return JSONResponse(whole_answer(frame, shape, answers, body.choices))
@@ -92,4 +95,20 @@ async def _answer(
             error.details["param"] = "prompt"
         raise
     objects = chunks(frame, shape, events, count=count, choices=body.choices, include_usage=body.include_usage)
-    return EventStream(objects, resources=resources.pop_all(), timeout=timeout + READING_TIME)
+    return EventStream(openai_events(objects), resources=resources.pop_all(), timeout=timeout + READING_TIME)
+
+
+def _tell_end(news: TurnNews, events: Generation, count: int) -> None:
+    """Publish how a turn ended: its answers are complete, something failed, or the client hung up."""
+    if events.failure is not None:
+        news.failed(events.failure)
+    elif len(events.ends) < count:
+        news.cancelled()
+    else:
+        usage = count_usage([events.ends[index] for index in range(count)], count)
+        news.finished(
+            events.ends[0].reason,
+            prompt_tokens=usage.prompt_tokens,
+            tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+        )

@@ -11,6 +11,7 @@ from synapse.engines import EngineRunner, Request, open_engines
 from synapse.models.chat_template import Message
 from synapse.models.tokenizer import Tokenizer
 from synapse.personas.chat import TurnOptions, prepare_turn
+from synapse.personas.events import TurnNews
 from synapse.personas.layers import persona_stack
 from synapse.server.catalogue import find_served
 from synapse.server.errors import BadField
@@ -19,10 +20,14 @@ from synapse.server.wire import ChatBody, CompletionBody
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Requests for one engine: for each prompt as many as it has choices, side by side."""
+    """Requests for one engine: for each prompt as many as it has choices, side by side.
+
+    `news` publishes how a turn of a persona ends; bare completions are none.
+    """
 
     runner: EngineRunner
     requests: tuple[Request, ...]
+    news: TurnNews | None = None
 
 
 async def prepare_chat(context: Context, body: ChatBody) -> Prepared:
@@ -48,7 +53,7 @@ async def prepare_chat(context: Context, body: ChatBody) -> Prepared:
     messages = [Message("system" if m.role == "developer" else m.role, m.text) for m in body.messages]
     turn = await prepare_turn(context, persona, messages, options)
     request = turn.request if body.token_limit is not None else _within_context(turn.request, turn.runner)
-    return Prepared(turn.runner, with_seeds(request, body.choices))
+    return Prepared(turn.runner, with_seeds(request, body.choices), turn.news)
 
 
 async def prepare_completions(context: Context, body: CompletionBody) -> Prepared:

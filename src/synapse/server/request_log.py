@@ -16,15 +16,25 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from synapse.callosum.message import Tract
+from synapse.callosum.publishing import publish
+from synapse.evidence import Evidence
+from synapse.server.events import RequestFinished
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger("synapse.server")
 
 ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,128}")
 CLIENT_CLOSED = 499
 """What is logged when the client hung up before an answer began, as nginx does it."""
+UNPUBLISHED = frozenset({"/health", "/ready", "/metrics"})
+"""What is asked every few seconds by whoever watches the server, and is logged but no event."""
+LONGEST_PATH = 200
 
 
 class RequestLog:
     """ASGI middleware: logs method, path, status, milliseconds and request id; answers with `X-Request-ID`.
+
+    The same is published as `server.request.finished`.
 
     A client's own `X-Request-ID` is kept when it is short and plain, so that it cannot write lines into the log.
     """
@@ -52,13 +62,14 @@ class RequestLog:
             try:
                 await self.app(scope, receive, send_with_id)
             finally:
-                log.info(
-                    "request",
-                    method=scope["method"],
-                    path=scope["path"],
-                    status=status,
-                    ms=round((time.perf_counter() - started) * 1000, 1),
-                )
+                method, path, seconds = scope["method"], scope["path"], time.perf_counter() - started
+                log.info("request", method=method, path=path, status=status, ms=round(seconds * 1000, 1))
+                if path not in UNPUBLISHED:
+                    path = path[:LONGEST_PATH]
+                    request = RequestFinished(
+                        method=method, path=path, status=status, seconds=seconds, request_id=request_id
+                    )
+                    publish("server.request.finished", request, tract=Tract.EXTERNAL, evidence=Evidence.REPORTED)
 
 
 def configure_logging(stream: TextIO = sys.stderr) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.routing import APIRoute
@@ -25,14 +26,16 @@ class ServerState:
     Attributes:
         body_timeout: seconds in which a request body must arrive.
         loading: what keeps the default model from answering; None once it is loaded.
-        stopping: whether the server has been told to stop.
+        stop: set when the server has been told to stop.
+        listeners: streams of events that are open.
     """
 
     context: Context
     slots: Slots
     body_timeout: float = 30.0
     loading: str | None = "the default model is being loaded"
-    stopping: bool = False
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    listeners: int = 0
 
 
 class CheckedRequest(Request):

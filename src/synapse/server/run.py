@@ -107,7 +107,7 @@ def make_server(app: FastAPI) -> Server:
     """A server for an application; `serve(sockets=[…])` runs it."""
 
     def stopping() -> None:
-        app.state.server.stopping = True
+        app.state.server.stop.set()
 
     config = uvicorn.Config(
         app,
