@@ -45,7 +45,8 @@ def in_process(report: Report, args: Any) -> None:
         report.figures[f"publish to handler, {row['way']}: events a second"] = row["events_per_s"]
     rows = report.rows[WAITS] = asyncio.run(waits(args.waits, max(3, args.rounds // 10)))
     p99 = {row["what"]: row["p99_us"] for row in rows}
-    report.figures["idle routing: p99, microseconds"] = p99["router, idle"]
+    report.figures["idle routing: p99, microseconds"] = p99["router, idle, one after another"]
+    report.figures["idle routing, each after a pause: p99, microseconds"] = p99["router, idle"]
     for part in ("router", "bus"):
         ratio = p99[f"{part}, internal saturated"] / p99[f"{part}, idle"]
         report.figures[f"{part}, internal saturated: p99 wait of an external message over the idle one"] = ratio

@@ -123,8 +123,9 @@ def put_and_get(rounds: int) -> list[dict[str, Any]]:
 class Waits:
     """Notes how long after its `put` each external message arrived, in microseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause_s: float) -> None:
         self.found: list[float] = []
+        self._pause_s = pause_s
         self._sent = 0.0
         self._arrived = asyncio.Event()
 
@@ -137,7 +138,7 @@ class Waits:
         """Put external messages one after another, each after the last has arrived and a pause."""
         message = Message("benchmark.done", Done(number=0), Tract.EXTERNAL, 5)
         for _ in range(number):
-            await asyncio.sleep(GAP_S)
+            await asyncio.sleep(self._pause_s)
             self._arrived.clear()
             self._sent = time.perf_counter()
             put(message)
@@ -171,9 +172,9 @@ async def fill(put: Callable[[Message], Awaitable[object]]) -> None:
             await put(message)
 
 
-async def router_waits(number: int, saturated: bool) -> list[float]:
+async def router_waits(number: int, saturated: bool, pause_s: float = GAP_S) -> list[float]:
     """From `put_nowait` to a task that waits in `get`."""
-    router, note = Router(ROOM, on_expired=print), Waits()
+    router, note = Router(ROOM, on_expired=print), Waits(pause_s)
     works = (take(router.get, note), *([fill(router.put)] if saturated else []))
     async with at_work(*works):
         return await note.measure(router.put_nowait, number)
@@ -181,17 +182,17 @@ async def router_waits(number: int, saturated: bool) -> list[float]:
 
 async def bus_waits(number: int, saturated: bool) -> list[float]:
     """From `publish_nowait` to a plain handler."""
-    note = Waits()
+    note = Waits(GAP_S)
     async with Bus() as bus:
         bus.subscribe("benchmark.*", note, capacity=ROOM, overflow="wait")
         async with at_work(*([fill(bus.publish)] if saturated else [])):
             return await note.measure(bus.publish_nowait, number)
 
 
-async def peer_waits(number: int) -> list[float]:
+async def peer_waits(number: int, pause_s: float = GAP_S) -> list[float]:
     """From `put_nowait` to a task that waits in `get`."""
     queue: asyncio.PriorityQueue[tuple[int, int, int, Message]] = asyncio.PriorityQueue()
-    note, numbers = Waits(), count()
+    note, numbers = Waits(pause_s), count()
 
     async def get() -> Message:
         return (await queue.get())[3]
@@ -203,6 +204,8 @@ async def peer_waits(number: int) -> list[float]:
 async def waits(number: int, rounds: int) -> list[dict[str, Any]]:
     """How long external messages wait, idle and while the internal tract is saturated: medians of the rounds."""
     kinds: dict[str, Callable[[], Awaitable[list[float]]]] = {
+        "router, idle, one after another": lambda: router_waits(number, saturated=False, pause_s=0),
+        f"{PEER}, idle, one after another": lambda: peer_waits(number, pause_s=0),
         "router, idle": lambda: router_waits(number, saturated=False),
         "router, internal saturated": lambda: router_waits(number, saturated=True),
         "bus, idle": lambda: bus_waits(number, saturated=False),

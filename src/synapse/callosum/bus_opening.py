@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from synapse.callosum.bus import Bus
 from synapse.callosum.observers import Observer
 from synapse.callosum.opening import open_log
+from synapse.callosum.router_native import PATH
 from synapse.commands import Context
+from synapse.hotpath.paths import ready
 
 OBSERVER = "observer"
 CAPACITY = 16_384
@@ -26,6 +29,7 @@ async def open_bus(context: Context) -> AsyncIterator[Bus]:
 async def open_observer(context: Context) -> AsyncIterator[Observer]:
     """Opener of what observes the process' bus, from when it is first asked for. Raises as `connect_log`."""
     bus = await context.get(open_bus)
+    await asyncio.to_thread(ready, PATH)  # a subscription keeps the router it begins with
     observer = Observer()
     subscription = bus.subscribe("**", observer.see, name=OBSERVER, capacity=CAPACITY)
     try:

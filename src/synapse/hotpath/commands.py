@@ -23,7 +23,12 @@ from synapse.hotpath.status import PathStatus, current_state, status_of
 from synapse.hotpath.supervisor import utc_now
 from synapse.store import Store, open_store
 
-MODULES = ("synapse.hotpath.pattern_search", "synapse.engines.native.transformer", "synapse.engines.native.linear")
+MODULES = (
+    "synapse.hotpath.pattern_search",
+    "synapse.engines.native.transformer",
+    "synapse.engines.native.linear",
+    "synapse.callosum.router_native",
+)
 """The modules that have hot paths. Rooms above this one are named, not imported, until a command asks."""
 
 
