@@ -25,8 +25,9 @@ demo: $(VENV)/.core
 	@$(BIN)/synapse kernels build engine >/dev/null || echo "No native engine here: the reference answers, which is slower."
 	@$(BIN)/synapse demo
 
+# Two processes, each with whole files of tests: a third of the time is waiting.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Apart from `test`: on Python 3.11 the tracer of coverage can hang beside the threads of greenlet.
 coverage: $(VENV)/.dev

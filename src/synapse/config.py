@@ -6,6 +6,7 @@ Everything Synapse writes lives under one home folder: `SYNAPSE_HOME`, or the pl
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import platformdirs
@@ -15,6 +16,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from synapse.errors import InvalidInput, Unavailable
 
 PRIVATE_FOLDER = 0o700
+PASSWORD = re.compile(r"//[^@/]*@")
+"""Name and password in a URL; an error shows neither."""
 
 
 def default_home() -> Path:
@@ -116,10 +119,11 @@ def load_settings() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(
-            f"the setting {field} is {first['input']!r}: {first['msg']}",
-            hint=f"mend SYNAPSE_{field.upper()} or `{field}` in synapse.toml",
-        ) from error
+        found, wrong = PASSWORD.sub("//***@", repr(first["input"])), first["msg"]
+        hint = f"mend SYNAPSE_{field.upper()} or `{field}` in synapse.toml"
+        if first["type"] == "string_pattern_mismatch":
+            wrong, hint = "none of its values", f"`{field}` is {Settings.model_fields[field].description}; {hint}"
+        raise InvalidInput(f"the setting {field} is {found}: {wrong}", hint=hint) from error
     except ValueError as error:  # tomllib.TOMLDecodeError is one
         raise InvalidInput(
             f"synapse.toml cannot be read: {error}", hint="see docs/guide/settings.md for its form"

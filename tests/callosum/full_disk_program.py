@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from callosum.log_backends import note, open_log, said
@@ -85,11 +85,33 @@ async def fill_and_make_room(address: str, make_room: Callable[[], object]) -> N
     print(f"full after {full - 2} batches")
 
 
+async def open_without_room(folder: Path) -> None:
+    """A log cannot even be read without room for its shared memory; the error says so."""
+    address, filler = f"sqlite:{folder / 'first.db'}", folder / "filler"
+    log = await open_log(address)
+    await log.append(batch(0))
+    await log.close()
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    try:
+        await open_log(address)
+    except Unavailable as error:
+        assert "is full" in error.message
+    else:
+        raise AssertionError("there was room")
+    filler.unlink()
+    log = await open_log(address)
+    assert await read_back(log) == texts(1)
+    await log.close()
+
+
 def main(kind: str, folder: Path) -> None:
     """Run it in a folder."""
     address = f"sqlite:{folder / 'events.db'}"
     if kind == "tmpfs":
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(folder)], check=True)
+        asyncio.run(open_without_room(folder))
         larger = ["mount", "-o", f"remount,size={LARGE}", str(folder)]
         asyncio.run(fill_and_make_room(address, lambda: subprocess.run(larger, check=True)))
     else:

@@ -149,6 +149,19 @@ async def test_a_handler_may_close_its_own_subscription(bus: Bus) -> None:
     assert seen == ["a"]
 
 
+async def test_what_fails_after_its_handler_has_closed_the_subscription_is_a_dead_letter(bus: Bus) -> None:
+    async def once(message: Message) -> None:
+        await subscription.close()
+        raise ValueError("too late")
+
+    subscription = bus.subscribe("test.noted", once)
+    await bus.publish(note("a"))
+    async with asyncio.timeout(20):
+        while not (letters := await bus.dead()):
+            await asyncio.sleep(0.005)
+    assert [letter.error for letter in letters] == ["ValueError: too late"]
+
+
 async def test_leaving_the_bus_handles_what_is_on_its_way() -> None:
     seen = Seen()
     async with Bus() as bus:
@@ -341,6 +354,43 @@ async def test_after_the_last_attempt_it_is_a_dead_letter_that_can_be_replayed(b
     assert await bus.replay([letter.id]) == 1
     assert await bus.drain(5)
     assert (attempts, await bus.dead()) == (4, [])
+
+
+class Unspeakable(Exception):
+    """An error that fails to say what it is."""
+
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (asyncio.CancelledError("no"), "CancelledError: no"),
+        (Unspeakable(), "Unspeakable, which cannot be shown: ValueError"),
+        (ValueError("half \ud83d"), "ValueError: half \\ud83d"),
+    ],
+)
+@pytest.mark.parametrize("waits", [False, True], ids=["plain", "async"])
+async def test_whatever_a_handler_raises_the_next_message_is_handled(
+    bus: Bus, error: BaseException, said: str, waits: bool
+) -> None:
+    seen = Seen()
+
+    def plain(message: Message) -> None:
+        if text(message) == "bad":
+            raise error
+        seen(message)
+
+    async def handle(message: Message) -> None:
+        plain(message)
+
+    bus.subscribe("test.noted", handle if waits else plain, retry=ONCE)
+    await bus.publish_many([note("bad"), note("good")])
+    assert await bus.drain(5)
+    assert seen.texts == ["good"]
+    (letter,) = await bus.dead()
+    assert letter.error == said
 
 
 async def test_a_message_past_its_deadline_is_a_dead_letter_and_not_handled(bus: Bus) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import pytest
 
 from callosum.handlers import AT_ONCE, NEVER, ONCE, Gate, Payloads, Seen, fails, text, turns, until
-from callosum.log_backends import Backend, note
+from callosum.log_backends import Backend, note, said
 from synapse.callosum.backoff import Backoff, Retry
 from synapse.callosum.breaker import BreakerPolicy, State
 from synapse.callosum.bus import Bus
-from synapse.callosum.log import Delivery, GroupStats, Log
+from synapse.callosum.log import Delivery, Entry, GroupStats, Log
 from synapse.callosum.memory_log import MemoryLog
 from synapse.callosum.message import Message, Tract
-from synapse.errors import Conflict, Overloaded, TimedOut, TooLarge, Unavailable
+from synapse.errors import Conflict, Corrupt, Overloaded, TimedOut, TooLarge, Unavailable
 
 
 async def group_of(log: Log, name: str = "workers") -> GroupStats:
@@ -222,6 +222,21 @@ async def test_closing_hands_nothing_to_a_handler_that_the_log_is_not_told_of(lo
 # publishing
 
 
+async def test_a_handler_that_closes_its_own_subscription_has_handled_its_message(log: Log) -> None:
+    seen: list[str] = []
+    async with Bus(log=log) as bus:
+
+        async def once(message: Message) -> None:
+            seen.append(text(message))
+            await subscription.close()
+
+        subscription = bus.subscribe("test.noted", once, group="workers")
+        await bus.publish(note("a"))
+        await until(lambda: seen)
+    found = await group_of(log)
+    assert (found.pending, found.handled) == (0, 1)
+
+
 async def test_a_message_whose_key_was_accepted_before_reaches_nobody(log: Log) -> None:
     seen = Seen()
     async with Bus(log=log) as bus:
@@ -331,6 +346,155 @@ async def test_while_the_log_is_away_publishing_says_so_and_all_goes_on_when_it_
         await until(lambda: gate.ended == ["a", "b", "c", "d"])
         assert await bus.drain(20)
     assert (await group_of(log)).handled == 4
+
+
+async def test_what_is_tried_again_for_long_is_on_its_way_until_it_has_arrived() -> None:
+    class Damaged(MemoryLog):
+        tries = 0
+
+        async def append(self, messages: Sequence[Message]) -> list[bool]:
+            self.tries += 1
+            if self.tries <= 2:
+                raise Corrupt("the log is damaged")
+            return await super().append(messages)
+
+    log = Damaged()
+    async with Bus(log=log, most_on_the_way=1) as bus:
+        bus.publish_nowait(note("a"))
+        await until(lambda: log.tries == 2)
+        with pytest.raises(Overloaded, match="1 messages are on their way"):
+            bus.publish_nowait(note("b"))
+        assert await bus.drain(20)
+    assert said(await log.read(None, 10)) == ["a"]
+
+
+class Late(MemoryLog):
+    """A log whose answer to an `append` comes when it is let go, and is an error where one is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = asyncio.Event()
+        self.go.set()
+        self.accepted = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def append(self, messages: Sequence[Message]) -> list[bool]:
+        found = await super().append(messages)
+        self.accepted.set()
+        await self.go.wait()
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        return found
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+async def test_what_was_accepted_although_publishing_failed_comes_once(read_before: bool) -> None:
+    log, seen = Late(), Seen()
+    async with Bus(log=log) as bus:
+        bus.subscribe("test.noted", seen)
+        await bus.publish(note("first"))
+        await asyncio.sleep(0.05)
+        log.error = Unavailable("the server has not answered in time")
+        if read_before:
+            log.go.clear()
+        message = note("a")
+        publishing = asyncio.create_task(bus.publish(message))
+        await asyncio.sleep(0.05)
+        log.go.set()
+        with pytest.raises(Unavailable):
+            await publishing
+        assert not await bus.publish(message), "it was accepted the first time"
+        await until(lambda: len(seen.texts) == 2)
+        await bus.publish(note("last"))
+        await until(lambda: "last" in seen.texts)
+        await asyncio.sleep(0.05)
+        assert seen.texts == ["first", "a", "last"]
+
+
+async def test_a_publisher_that_is_cancelled_keeps_nothing_that_was_accepted_from_anybody() -> None:
+    log, seen = MemoryLog(), Seen()
+    async with Bus(log=log) as bus:
+        bus.subscribe("test.noted", seen)
+        messages = [note(str(number)) for number in range(300)]
+        publishing = asyncio.create_task(bus.publish_many(messages))
+        await until(lambda: seen.texts)
+        publishing.cancel()
+        assert isinstance((await asyncio.gather(publishing, return_exceptions=True))[0], asyncio.CancelledError)
+        assert not any(await bus.publish_many(messages))
+        await until(lambda: len(seen.texts) >= 300)
+        await asyncio.sleep(0.05)
+        assert sorted(map(int, seen.texts)) == list(range(300))
+
+
+async def test_who_subscribes_while_a_message_is_being_accepted_gets_it_once_at_most() -> None:
+    log, seen = Late(), Seen()
+    log.go.clear()
+    async with Bus(log=log) as bus:
+        end = log.end
+
+        async def end_before() -> str:  # as of a reader whose turn comes before that of the writer
+            log.end = end  # type: ignore[method-assign]
+            return "0"
+
+        log.end = end_before  # type: ignore[method-assign]
+        publishing = asyncio.create_task(bus.publish(note("a")))
+        await log.accepted.wait()
+        bus.subscribe("test.noted", seen)
+        await asyncio.sleep(0.05)
+        log.go.set()
+        assert await publishing
+        await bus.publish(note("b"))
+        await until(lambda: "b" in seen.texts)
+        await asyncio.sleep(0.05)
+        assert seen.texts == ["a", "b"]
+
+
+class Defective(MemoryLog):
+    """A log with a defect, which shows once: where it is put."""
+
+    defect = ""
+
+    def _check(self, where: str) -> None:
+        if self.defect == where:
+            self.defect = ""
+            raise ValueError("a defect")
+
+    async def claim(self, group: str, consumer: str, limit: int, tract: Tract) -> list[Delivery]:
+        self._check("claim")
+        return await super().claim(group, consumer, limit, tract)
+
+    async def acknowledge(self, group: str, deliveries: Sequence[Delivery]) -> None:
+        self._check("acknowledge")
+        await super().acknowledge(group, deliveries)
+
+    async def read(self, after: str | None, limit: int, pattern: str = "**") -> list[Entry]:
+        self._check("read")
+        return await super().read(after, limit, pattern)
+
+    async def changed(self, timeout_s: float) -> None:
+        self._check("changed")
+        await super().changed(timeout_s)
+
+
+@pytest.mark.parametrize("where", ["claim", "acknowledge", "read", "changed"])
+async def test_a_defect_of_the_log_stops_nothing(where: str) -> None:
+    log, seen, worked = Defective(), Seen(), Seen()
+    async with Bus(log=log) as bus:
+        bus.subscribe("test.noted", seen)
+        bus.subscribe("test.noted", worked, group="workers", lease_s=0.3)
+        await bus.publish(note("before"))
+        await until(lambda: worked.texts)
+        await asyncio.sleep(0.05)
+        log.defect = where
+        await log.append([note("a")])
+        await until(lambda: not log.defect)
+        await log.append([note("b")])
+        await until(lambda: "b" in seen.texts and "b" in worked.texts)
+        async with asyncio.timeout(20):
+            while (await group_of(log)).handled < 3:
+                await asyncio.sleep(0.01)
+        assert seen.texts == ["before", "a", "b"]
 
 
 async def test_a_group_that_somebody_removed_is_joined_again() -> None:

@@ -127,6 +127,7 @@ async def test_of_many_who_append_the_same_key_at_once_one_is_accepted(log: Log)
         (note("x" * MOST_BYTES), TooLarge),
         (note("x", deadline=float("inf")), InvalidInput),
         (note("x", key="k" * 201), InvalidInput),
+        (note("x", key="a\0b"), InvalidInput),
         (note("\ud800"), InvalidInput),
     ],
 )

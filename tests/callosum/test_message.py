@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from synapse.callosum.ids import id_number, id_text, new_id
-from synapse.callosum.message import MOST_BYTES, Message, Tract, from_wire, to_wire
+from synapse.callosum.message import LATEST, MOST_BYTES, Message, Tract, from_wire, to_wire
 from synapse.callosum.payloads import Payload, Untyped, event, payload_model
 from synapse.callosum.topics import checked_topic, matcher
 from synapse.errors import Corrupt, InvalidInput, TooLarge
@@ -132,8 +132,8 @@ class TestMessages:
         tract=st.sampled_from(Tract),
         priority=st.integers(0, 9),
         evidence=st.sampled_from(Evidence),
-        deadline=st.none() | st.floats(0, 1e12),
-        key=st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
+        deadline=st.none() | st.floats(0, LATEST, exclude_max=True),
+        key=st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=200),
         reply_to=st.none() | TOPIC,
     )
     def test_come_back_from_a_wire_as_they_were(
@@ -180,7 +180,9 @@ class TestMessages:
             {"priority": 10},
             {"evidence": -1},
             {"deadline": float("inf")},
+            {"deadline": 1.7e12},
             {"id": "1"},
+            {"id": "ffffffff-ffff-7fff-8fff-ffffffffffff"},
             {"reply_to": "no topic"},
             {"key": "k" * 201},
             {"payload": []},
@@ -208,7 +210,10 @@ class TestMessages:
         [
             (Message("a.b", Untyped({"x": float("nan")})), "cannot be written as JSON"),
             (Message("a.b", Untyped({}), key="k" * 201), "a key has at most 200 characters"),
-            (Message("a.b", Untyped({}), deadline=float("nan")), "a deadline is a finite number"),
+            (Message("a.b", Untyped({}), deadline=float("nan")), "a deadline is seconds since 1970, before the year"),
+            (Message("a.b", Untyped({}), deadline=1.7e12), "a deadline is seconds since 1970, before the year"),
+            (Message("a.b", Untyped({}), number=(1 << 128) - 1), "an id begins with a time before the year 10000"),
+            (Message("a.b", Untyped({}), key="a\0b"), "a key has no NUL character"),
         ],
     )
     def test_that_cannot_be_written_are_refused(self, message: Message, expected: str) -> None:

@@ -153,6 +153,15 @@ async def test_what_cannot_be_delivered_now_is_delivered_when_it_can(taker: Take
     assert [entry["event"] for entry in logs] == ["events.delayed"], "said once, not with every try"
 
 
+async def test_what_cannot_be_delivered_at_the_end_is_lost_and_the_log_says_why(taker: Taker) -> None:
+    taker.problem = lambda batch: Unavailable("the disk is full", hint="make room")
+    with capture_logs() as logs:
+        async with opened(taker) as outbox:
+            outbox.put(said(1))
+    assert [entry["event"] for entry in logs] == ["events.delayed", "events.lost"]
+    assert (logs[0]["message"], logs[0]["hint"], logs[1]["count"]) == ("the disk is full", "make room", 1)
+
+
 async def test_the_oldest_give_way_when_too_many_wait_and_the_loss_is_logged(taker: Taker) -> None:
     with capture_logs() as logs:
         async with opened(taker, capacity=3) as outbox:

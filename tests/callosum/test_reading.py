@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ import pytest
 from synapse.callosum import reading
 from synapse.callosum.log import Entry, Log
 from synapse.callosum.memory_log import MemoryLog
-from synapse.callosum.message import Message, Tract
+from synapse.callosum.message import LATEST, Message, Tract, from_wire, to_wire
 from synapse.callosum.payloads import Payload, Untyped
 from synapse.callosum.reading import follow, recent
 from synapse.callosum.views import view_of
@@ -142,6 +143,12 @@ async def test_a_pattern_that_is_none_is_refused(log: Log) -> None:
 class Sent(Payload):
     at: datetime
     to: tuple[str, ...]
+
+
+def test_the_last_moment_that_a_message_may_name_can_be_shown() -> None:
+    last = math.nextafter(LATEST, 0)
+    message = from_wire(to_wire(Message("a.b", Untyped({}), deadline=last, number=int(last * 1000) << 80 | 1)))
+    assert (view_of(message).time.year, view_of(message).deadline) == (9999, datetime.fromtimestamp(last, UTC))
 
 
 def test_a_view_has_names_for_grades_and_tracts_and_leaves_nothing_out() -> None:

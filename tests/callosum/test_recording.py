@@ -60,10 +60,11 @@ async def test_nothing_is_opened_for_a_process_that_publishes_nothing(settings: 
 
 
 async def test_news_of_the_hot_paths_is_recorded_too_while_somebody_records(settings: Settings) -> None:
-    async with Context(settings) as context, recording(context):
+    other = Settings(home=settings.home / "other")
+    async with Context(settings) as context, recording(context), Context(other) as another, recording(another):
         tell(News("quarantined", "total", "b1", "process 7 died while it was running"))
     tell(News("cleared", "total", "b1", ""))
-    assert await recorded(settings) == ["hotpath.quarantined"]
+    assert await recorded(settings) == await recorded(other) == ["hotpath.quarantined"]
 
 
 async def test_a_log_that_is_away_for_a_while_loses_nothing(settings: Settings) -> None:

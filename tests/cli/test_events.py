@@ -97,6 +97,16 @@ def test_tail_prints_a_readable_line_for_each_event(synapse) -> None:
     assert ran.err == ""
 
 
+def test_tail_says_that_there_is_nothing_and_leaves_standard_output_to_the_events(synapse) -> None:
+    ran = synapse("events", "tail")
+    assert (ran.code, ran.out, ran.err) == (0, "", "nothing here yet\n")
+    write(Message("mail.sent", Untyped({})))
+    ran = synapse("events", "tail", "--pattern", "other.*")
+    assert (ran.out, ran.err) == ("", "nothing like that here yet\n")
+    ran = synapse("events", "tail", "--pattern", "other.*", "--json")
+    assert (ran.out, ran.err) == ("", "")
+
+
 def test_what_an_event_says_can_neither_move_the_cursor_nor_begin_a_line(synapse) -> None:
     write(Message("odd.one", Untyped({"said": "a\x1b[2J\r\nfake 2026 line", "n": 0.123456789, "no": None})))
     (line,) = synapse("events", "tail").out.splitlines()
@@ -136,10 +146,12 @@ def test_with_events_in_memory_there_is_nothing_to_follow_and_the_hint_says_what
 
 
 def test_a_setting_of_events_that_is_none_is_named(synapse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYNAPSE_EVENTS", "kafka://localhost")
+    monkeypatch.setenv("SYNAPSE_EVENTS", "kafka://me:secret@localhost")
     ran = synapse("persona", "list")
     assert ran.code == 2
-    assert "SYNAPSE_EVENTS" in ran.err
+    assert "kafka://***@localhost" in ran.err
+    assert "embedded (a file in the home folder), memory, or a valkey:// URL; mend SYNAPSE_EVENTS" in ran.err
+    assert "secret" not in ran.err
 
 
 def test_following_goes_on_with_what_other_processes_do_until_it_is_interrupted(synapse) -> None:
@@ -161,6 +173,22 @@ def test_following_goes_on_with_what_other_processes_do_until_it_is_interrupted(
             tail.send_signal(signal.SIGINT)
         assert tail.wait(20) == 130
         assert "Traceback" not in tail.stderr.read()
+
+
+def test_a_reader_that_has_had_enough_is_no_error(synapse) -> None:
+    write(*(Message("mail.sent", Untyped({"number": number, "text": "x" * 1000})) for number in range(300)))
+    with subprocess.Popen(
+        [*SYNAPSE, "events", "tail", "--since", "10m"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+    ) as tail:
+        assert tail.stdout is not None
+        assert tail.stderr is not None
+        assert "number=0" in tail.stdout.readline()
+        tail.stdout.close()
+        assert (tail.wait(20), tail.stderr.read()) == (0, "")
 
 
 def test_stats_count_what_came_lately(synapse) -> None:
@@ -186,6 +214,8 @@ def test_dead_letters_are_listed_replayed_and_dropped(synapse) -> None:
         (1, GROUP, "failed"),
     ]
     assert (rows[0]["topic"], rows[0]["error"], rows[0]["attempts"]) == ("mail.sent", "no such address", 1)
+    header, *_ = synapse("events", "dead").out.splitlines()
+    assert header.split()[:5] == ["ID", "GROUP", "TOPIC", "REASON", "ERROR"], "why goes before when: it has to fit"
     assert "no such address" in synapse("events", "dead").out
     assert json.loads(synapse("events", "replay", rows[0]["id"], "--json").out) == {"replayed": 1}
     assert json.loads(synapse("events", "drop", rows[1]["id"], "--json").out) == {"dropped": 1}

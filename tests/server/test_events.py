@@ -150,6 +150,13 @@ def test_a_pattern_or_a_place_that_is_none_is_refused_before_the_stream_begins(
     assert response.json()["error"]["code"] == "invalid_input"
 
 
+def test_who_names_a_place_of_another_log_is_told_how_to_begin_anew(empty: Live) -> None:
+    with empty.http(headers={"Last-Event-ID": "1042"}) as client:
+        message = client.get("/v1/events").json()["error"]["message"]
+    assert "'1042' is no position of this log" in message
+    assert "begins now, with `?after=` at the oldest kept" in message
+
+
 def test_it_needs_the_permission_to_read_once_there_are_keys(empty: Live) -> None:
     reader = empty.command("key/create", name="reader", permissions=["read"])["key"]
     manager = key_of(empty, "manager", "manage")

@@ -9,7 +9,9 @@ others write as it is read. A bus belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -68,6 +70,7 @@ class Bus:
         self._letters = DeadLetters(most_dead)
         self._inbox = Inbox()
         self._link: LogLink | None = None
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         if self._log is not None:
@@ -131,22 +134,15 @@ class Bus:
         accepted = [True] * len(messages)
         if self._link is not None:
             accepted = await self._link.append(messages)
-        for start in range(0, len(messages), BURST):
-            late: list[tuple[Target, Message]] = []
-            wanted = [
-                message for message, new in zip(messages[start : start + BURST], accepted[start:], strict=False) if new
-            ]
-            if self._link is not None and not self._open:
-                break  # it was closed meanwhile: the log has them, and nobody here wants them
-            for message in wanted:
-                route = self._known.get(message.topic) or self._find(message.topic)
-                for target in route.targets:
-                    if not target.try_put(message):
-                        late.append((target, message))
-            self._published += len(wanted)
-            for target, message in late:
-                await target.put(message)
-            await asyncio.sleep(0)
+        wanted = deque(message for message, new in zip(messages, accepted, strict=True) if new)
+        late: deque[tuple[Target, Message]] = deque()
+        try:
+            await self._spread(wanted, late)
+        except asyncio.CancelledError:
+            if self._link is not None:  # publishing them again would reach nobody: they are accepted
+                first = [partial(target.put, message) for target, message in late]
+                self._link.finish([*first, *(partial(self._deliver, message) for message in wanted)])
+            raise
         return accepted
 
     async def request(self, message: Message, timeout_s: float) -> Message:
@@ -313,6 +309,7 @@ class Bus:
         if self._link is not None:
             await self._link.stop_reading()
         forgotten = sum(await asyncio.gather(*(subscription.close() for subscription in subscriptions)))
+        await asyncio.gather(*self._ending, return_exceptions=True)
         if self._link is not None:
             await self._link.close()
         if forgotten:
@@ -347,6 +344,11 @@ class Bus:
         del self._subscriptions[subscription.name]
         self._routes.remove(subscription)
 
+    def ending(self, task: asyncio.Task[None]) -> None:
+        """Wait for it before the bus ends."""
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
     def left(self, subscription: Subscription, messages: Sequence[Message]) -> int:
         """Give what it did not handle to the others of its group; how many messages found nobody."""
         self._past += subscription.tally()
@@ -366,6 +368,25 @@ class Bus:
     def _ask_room(self, patient: Sequence[Target], message: Message) -> None:
         if not all(target.has_room(message) for target in patient):
             raise Full(f"a subscription to {message.topic} has no room", hint="wait with `publish`")
+
+    async def _spread(self, wanted: deque[Message], late: deque[tuple[Target, Message]]) -> None:
+        """Give messages to the subscriptions of this process. What is left in the queues when it raises was not."""
+        while wanted or late:
+            if self._link is not None and not self._open:
+                return  # it was closed meanwhile: the log has them, and nobody here wants them
+            for _ in range(min(BURST, len(wanted))):
+                message = wanted[0]
+                route = self._known.get(message.topic) or self._find(message.topic)
+                for target in route.targets:
+                    if not target.try_put(message):
+                        late.append((target, message))
+                wanted.popleft()
+                self._published += 1
+            while late:
+                target, message = late[0]
+                await target.put(message)
+                late.popleft()
+            await asyncio.sleep(0)
 
     def _feeds(self) -> list[Feed]:
         return [subscription.feed for subscription in self._subscriptions.values() if subscription.feed is not None]

@@ -95,12 +95,12 @@ class DeadRow(BaseModel):
     """A message that a group could not handle, or that expired."""
 
     id: str = Field(description="of the dead letter; `replay` and `drop` take it")
-    at: datetime = Field(description="when it was given up")
     group: str
     topic: str
     reason: Reason
-    attempts: int
     error: str
+    attempts: int
+    at: datetime = Field(description="when it was given up")
     message: EventView
 
 

@@ -231,12 +231,12 @@ class Feed:
                 if not await self._claim():
                     await self._news()
                 failures = 0
-            except SynapseError as error:
+            except Exception as error:  # a defect as well: nobody would see that the task has ended
                 failures += 1
                 if not isinstance(error, Unavailable):
                     self.joined = False
                 if failures == 1:
-                    diary.warning("bus.not_claimed", group=self._membership.group, message=str(error))
+                    self._complain("bus.not_claimed", error)
                 await asyncio.sleep(AGAIN.wait_s(failures, self._draw))
 
     async def _claim(self) -> int:
@@ -291,8 +291,12 @@ class Feed:
             except Unavailable:
                 failures += 1
                 await asyncio.sleep(AGAIN.wait_s(failures, self._draw))
-            except SynapseError as error:
-                diary.warning("bus.not_settled", group=self._membership.group, message=str(error))
+            except Exception as error:
+                self._complain("bus.not_settled", error)
                 return
             else:
                 return
+
+    def _complain(self, what: str, error: Exception) -> None:
+        defect = not isinstance(error, SynapseError)
+        diary.warning(what, group=self._membership.group, message=str(error), exc_info=defect)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 
 from synapse.callosum.log import Log
 from synapse.callosum.message import Message
+from synapse.callosum.ours import Ours
 from synapse.callosum.publishing import log as diary
 from synapse.callosum.watcher import AGAIN, Watcher
 from synapse.errors import SynapseError
@@ -16,13 +18,12 @@ PAGE = 256
 
 
 class Follower:
-    """Reads a log from its end on, and passes on what this process has not written itself."""
+    """Reads a log from its end on, and passes on what this process does not deliver itself."""
 
-    def __init__(self, log: Log, watcher: Watcher, deliver: Callable[[Message], Awaitable[None]]) -> None:
-        self._log, self._watcher, self._deliver = log, watcher, deliver
-        self._ours: set[int] = set()
-        self._written: set[int] = set()
-        self._ready = asyncio.Event()
+    def __init__(self, log: Log, watcher: Watcher, deliver: Callable[[Message], Awaitable[None]], ours: Ours) -> None:
+        self._log, self._watcher, self._deliver, self._ours = log, watcher, deliver, ours
+        self._left: deque[Callable[[], Awaitable[object]]] = deque()
+        self._ready, self._news = asyncio.Event(), asyncio.Event()
         self._stopping = False
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -30,13 +31,10 @@ class Follower:
         """Wait until nothing that is written from now on is missed."""
         await self._ready.wait()
 
-    def writing(self, messages: Iterable[Message]) -> None:
-        """This process is about to write these, and delivers them itself."""
-        self._ours.update(message.number for message in messages)
-
-    def wrote(self, messages: Sequence[Message]) -> None:
-        """They are written, or were refused: once they were not in a read that began after this, they never will be."""
-        self._written.update(message.number for message in messages)
+    def finish(self, left: Iterable[Callable[[], Awaitable[object]]]) -> None:
+        """Do what is left of deliveries that somebody has begun."""
+        self._left.extend(left)
+        self._news.set()
 
     async def stop(self) -> None:
         """End."""
@@ -47,35 +45,34 @@ class Follower:
     async def _run(self) -> None:
         position: str | None = None
         failures = 0
-        news = asyncio.Event()
-        await self._watcher.listen(news)
+        await self._watcher.listen(self._news)
         while not self._stopping:
             try:
                 if position is None:
                     position = await self._log.end()
                     self._ready.set()
-                news.clear()
+                self._news.clear()
+                while self._left:
+                    await self._left.popleft()()
                 while page := await self._page(position):
                     position = page
                 failures = 0
-                await news.wait()
-            except SynapseError as error:
+                await self._news.wait()
+            except Exception as error:  # a defect as well: nobody would see that the task has ended
                 failures += 1
                 if failures == 1:
-                    diary.warning("bus.not_followed", message=str(error))
+                    defect = not isinstance(error, SynapseError)
+                    diary.warning("bus.not_followed", message=str(error), exc_info=defect)
                 await asyncio.sleep(AGAIN.wait_s(failures, random.random))
 
     async def _page(self, position: str) -> str | None:
         """Pass on one page; where the next begins, or None at the end."""
-        written, self._written = self._written, set()
+        self._ours.look()
         entries = await self._log.read(position, PAGE)
         for entry in entries:
-            if entry.message.number in self._ours:
-                self._ours.discard(entry.message.number)
-            else:
+            if not self._ours.passes(entry.message):
                 await self._deliver(entry.message)
         if entries:
-            self._written |= written & self._ours
             return entries[-1].position
-        self._ours -= written
+        self._ours.looked()
         return None

@@ -5,11 +5,13 @@ The room of the hot paths lies below this one and knows nothing of it: `recordin
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import get_args
 
 from synapse.callosum.payloads import Payload, event
 from synapse.callosum.publishing import publish
-from synapse.hotpath.news import WARNINGS, Kind, News
+from synapse.hotpath.news import WARNINGS, Kind, News, listen
 
 URGENT = 7
 
@@ -27,6 +29,30 @@ for _kind in get_args(Kind):
 
 
 def publish_news(news: News) -> None:
-    """Publish a piece of news, what somebody should look at with a higher priority. For `synapse.hotpath.listen`."""
+    """Publish a piece of news, what somebody should look at with a higher priority."""
     payload = HotPathNews(path=news.path, build=news.build, message=news.message)
     publish(f"hotpath.{news.kind}", payload, priority=URGENT if news.kind in WARNINGS else 4)
+
+
+_lock = threading.Lock()
+_followers = 0
+_unlisten: Callable[[], None] | None = None
+
+
+def follow_news() -> Callable[[], None]:
+    """Publish all news from now on, each once however many follow. Returns what ends that for this follower."""
+    global _followers, _unlisten  # noqa: PLW0603 - one list of listeners a process
+    with _lock:
+        _followers += 1
+        if _unlisten is None:
+            _unlisten = listen(publish_news)
+    return _unfollow
+
+
+def _unfollow() -> None:
+    global _followers, _unlisten  # noqa: PLW0603
+    with _lock:
+        _followers -= 1
+        if not _followers and _unlisten is not None:
+            _unlisten()
+            _unlisten = None

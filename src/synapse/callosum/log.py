@@ -201,7 +201,9 @@ def no_dead_letter(letter: str) -> NotFound:
 
 def no_position(position: str) -> InvalidInput:
     """The error for a position that is none of this log."""
-    return InvalidInput(f"{position[:60]!r} is no position of this log", hint="leave it out to begin at the first one")
+    return InvalidInput(
+        f"{position[:60]!r} is no position of this log", hint="it may be of an older log; begin without one"
+    )
 
 
 def position_number(position: Position | None, newest: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -20,6 +19,8 @@ from synapse.evidence import Evidence
 MOST_BYTES = 1 << 20
 """The largest message on a wire."""
 MOST_KEY = 200
+LATEST = 253_402_300_800.0
+"""The year 10000, in seconds since 1970: what is told as a date is before it."""
 PRIORITIES = 10
 LANES = 2 * PRIORITIES
 """Queues of a router: one for each tract and priority."""
@@ -101,7 +102,7 @@ class _Wire(BaseModel):
     tract: Tract
     priority: int
     evidence: Evidence
-    deadline: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    deadline: float | None = None
     trace: Annotated[str, Field(max_length=MOST_KEY)] | None = None
     reply_to: str | None = None
     key: Annotated[str, Field(max_length=MOST_KEY)] | None = None
@@ -123,8 +124,9 @@ def to_wire(message: Message) -> bytes:
         raise InvalidInput(f"a payload is a JSON object, and {type(message.payload).__name__} is not")
     if message.key is not None and len(message.key) > MOST_KEY:
         raise InvalidInput(f"a key has at most {MOST_KEY} characters, this one {len(message.key)}")
-    if message.deadline is not None and not math.isfinite(message.deadline):
-        raise InvalidInput(f"a deadline is a finite number of seconds since 1970, not {message.deadline}")
+    if message.key is not None and "\0" in message.key:
+        raise InvalidInput("a key has no NUL character")
+    _check_times(message)
     found: dict[str, JsonValue] = {
         "id": message.id,
         "topic": message.topic,
@@ -167,9 +169,17 @@ def from_wire(body: bytes) -> Message:
             wire.key,
             id_number(wire.id),
         )
+        _check_times(message)
     except (ValidationError, InvalidInput) as error:
         raise Corrupt(f"these bytes are no message: {str(error)[:300]}") from error
     return message
+
+
+def _check_times(message: Message) -> None:
+    if message.deadline is not None and not 0 <= message.deadline < LATEST:
+        raise InvalidInput(f"a deadline is seconds since 1970, before the year 10000, not {message.deadline}")
+    if not 0 <= message.time < LATEST:
+        raise InvalidInput(f"an id begins with a time before the year 10000: {message.id} does not")
 
 
 def _payload(topic: str, found: dict[str, JsonValue]) -> BaseModel:

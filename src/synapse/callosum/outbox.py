@@ -24,6 +24,11 @@ LAST_SECONDS = 5.0
 Deliver = Callable[[Sequence[Message]], Awaitable[object]]
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether something was refused for good. What else goes wrong is tried again later."""
+    return isinstance(error, (InvalidInput, TooLarge)) or not isinstance(error, SynapseError)
+
+
 class Outbox:
     """Messages on their way, in order. Made, run and closed in one event loop; `put` may be called from any thread."""
 
@@ -32,8 +37,8 @@ class Outbox:
 
         Args:
             deliver: takes a batch, all or none of it. When it cannot (a `SynapseError`), the same is tried again later.
-                When it refuses something (`InvalidInput`, `TooLarge`, or what is no `SynapseError`), the batch is tried
-                message by message, and what is refused then is logged and dropped.
+                When it refuses something (`is_refusal`), the batch is tried message by message, and what is refused
+                then is logged and dropped.
         """
         self._deliver = deliver
         self._capacity = capacity
@@ -99,6 +104,8 @@ class Outbox:
             with self._lock:
                 self._told = False
             problem = await self._hand_on()
+            if problem is not None and pause == self._first_pause:
+                log.warning("events.delayed", message=str(problem), hint=problem.hint, waiting=len(self._waiting))
             if self._closing.is_set():
                 return
             if problem is None:
@@ -106,8 +113,6 @@ class Outbox:
                 if not self._wake.is_set():
                     self._idle.set()
                 continue
-            if pause == self._first_pause:
-                log.warning("events.delayed", message=str(problem), waiting=len(self._waiting))
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._closing.wait()
@@ -126,7 +131,7 @@ class Outbox:
                 self._put_back(batch)
                 raise
             except Exception as error:
-                if isinstance(error, SynapseError) and not isinstance(error, (InvalidInput, TooLarge)):
+                if isinstance(error, SynapseError) and not is_refusal(error):
                     self._put_back(batch)
                     return error
                 if len(batch) > 1:  # one of them, most likely: the others shall not suffer for it

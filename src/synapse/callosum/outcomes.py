@@ -99,8 +99,9 @@ class Retries:
         self._bury(message, "deadline", "its deadline passed while it waited", self._failures.pop(message, 0))
 
     def take_all(self) -> list[Message]:
-        """What waits here, which then no longer does."""
+        """What waits here, which then no longer does. What fails after this dies."""
         found = list(self._timers)
+        self._most = 0
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()

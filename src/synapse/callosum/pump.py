@@ -122,7 +122,7 @@ class Pump:
                 continue
             try:
                 answer = handler(message)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:  # of a task that it asked: ours is not waiting
                 self._fail(message, self.breakers[message.tract].era, error)
             else:
                 if answer is not None and isawaitable(answer):
@@ -192,7 +192,7 @@ class Pump:
     def _fail(self, message: Message, era: int, error: BaseException) -> None:
         self._rare = True
         self.failed += 1
-        self._error = f"{type(error).__name__}: {error}"[:500]
+        self._error = _described(error)
         self._outcomes.failed(message, self._error)
         self.breakers[message.tract].failed(era)
 
@@ -228,6 +228,15 @@ class Pump:
             self._try_later(tract)
         else:
             self.wake(len(self._workers))
+
+
+def _described(error: BaseException) -> str:
+    """What an error says, in characters that can be written down; one of the handler's own may fail to say it."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception as worse:
+        text = f"{type(error).__name__}, which cannot be shown: {type(worse).__name__}"
+    return text[:500].encode(errors="backslashreplace").decode()
 
 
 def _paced(burst: int, done: int, began: float) -> int:

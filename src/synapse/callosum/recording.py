@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from synapse.callosum.hotpath_news import publish_news
+from synapse.callosum.hotpath_news import follow_news
 from synapse.callosum.message import Message
 from synapse.callosum.opening import open_log
 from synapse.callosum.outbox import Deliver, Outbox
 from synapse.callosum.publishing import connect
 from synapse.commands import Context
-from synapse.hotpath.news import listen
 
 
 @asynccontextmanager
@@ -34,7 +33,7 @@ async def recording(context: Context, deliver: Deliver | None = None) -> AsyncIt
 
     outbox = Outbox(deliver or append)
     outbox.start()
-    ends = [connect(outbox.put), listen(publish_news)]
+    ends = [connect(outbox.put), follow_news()]
     try:
         yield outbox
     finally:

@@ -200,6 +200,11 @@ def router_take_many(address: Object, limit: Object) abi("C") -> Object:
     if messages == 0:
         return 0
     for index in range(size):
+        if state[].mask == 0:  # making the list collected garbage, and a finalizer has taken messages
+            if external_call["PyList_SetSlice", Int32](messages, index, size, Object(0)) != 0:
+                let_go(messages)
+                return 0
+            return messages
         if external_call["PyList_SetItem", Int32](messages, index, take_one(state)) != 0:
             let_go(messages)
             return 0

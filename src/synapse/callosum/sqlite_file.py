@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -135,15 +136,25 @@ def patiently(work: Callable[[], T]) -> T:
 
 def translated(error: sqlite3.Error, path: Path) -> SynapseError:
     """What an error of SQLite means for whoever uses the log."""
-    if _is(error, sqlite3.SQLITE_FULL):
+    if _is(error, sqlite3.SQLITE_FULL) or (_is(error, sqlite3.SQLITE_IOERR) and _is_full(path)):
         return Unavailable(
             f"the disk of the log {path} is full; nothing of this was written", hint="make room and try again"
         )
     if _is(error, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return Unavailable(f"the log {path} stays locked by another program", hint="try again")
     if _is(error, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return Corrupt(f"the log {path} is damaged or no log: {error}", hint="move it away; a new one is made")
+        return Corrupt(
+            f"the log {path} is damaged or no log: {error}",
+            hint="stop what uses it and move it away; a new one is made",
+        )
     return Unavailable(f"the log {path} cannot be read or written: {error}", hint="check its disk and its permissions")
+
+
+def _is_full(path: Path) -> bool:
+    """Whether the disk has no room at all: then SQLite cannot even make the shared memory that reading takes."""
+    with suppress(OSError):
+        return shutil.disk_usage(path.parent).free == 0
+    return False
 
 
 def _is(error: sqlite3.Error, *codes: int) -> bool:

@@ -74,6 +74,10 @@ class Host(Protocol):
         """It gets no more messages."""
         ...
 
+    def ending(self, task: asyncio.Task[None]) -> None:
+        """It tells the log of its last outcomes in this task."""
+        ...
+
     def left(self, subscription: Subscription, messages: Sequence[Message]) -> int:
         """It is closed, and did not handle these. Returns how many of them nobody will."""
         ...
@@ -187,7 +191,7 @@ class Subscription:
 
         What is left then stays in the log, goes to the others of the group, or is forgotten where there is neither. A
         message that is with its handler may take `GRACE_S`, and is cancelled then. A handler may close its own
-        subscription.
+        subscription: what comes of its message counts, within `GRACE_S` where the group is durable.
 
         Returns:
             How many messages were forgotten.
@@ -204,9 +208,17 @@ class Subscription:
         left = [*self._queue.take_all(), *self._retries.take_all()]
         if feed is None:
             return interrupted + self._host.left(self, left)
-        await drained(lambda: not feed.settled, GRACE_S)
+        ending = self._loop.create_task(self._end(feed))
+        self._host.ending(ending)
+        if not self._pump.running:  # else it is the handler that closes: its own outcome is still to come
+            await asyncio.shield(ending)
+        return 0
+
+    async def _end(self, feed: Feed) -> None:
+        """Tell the log of the last outcomes."""
+        await drained(lambda: self._pump.running > 0 or not feed.settled, GRACE_S)
         await feed.stop()
-        return self._host.left(self, ())
+        self._host.left(self, ())
 
     def bury(self, message: Message, reason: Reason, error: str, attempts: int) -> None:
         """Count a dead letter, and tell the bus."""

@@ -77,7 +77,9 @@ async def reachable(timeout_s: float) -> AsyncIterator[None]:
     except (found.ConnectionError, found.TimeoutError, OSError, EOFError) as error:
         if isinstance(error.__cause__ or error, found.AuthenticationError):
             raise Unauthorized(f"the Valkey server refuses the password: {error}", hint="set it in the URL") from error
-        raise Unavailable(f"the Valkey server does not answer: {error}", hint="check that it runs") from error
+        raise Unavailable(
+            f"the Valkey server does not answer: {error}", hint="check its URL, and that it runs"
+        ) from error
     except found.ResponseError as error:
         text = str(error)
         refused = isinstance(error, found.ReadOnlyError | found.OutOfMemoryError)

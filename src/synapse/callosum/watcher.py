@@ -51,10 +51,12 @@ class Watcher:
             try:
                 await self._log.changed(LONGEST_WAIT_S if self._ready.is_set() else 0)
                 failures = 0
-            except SynapseError as error:
+            except Exception as error:  # a defect as well: nobody would see that the task has ended
                 failures += 1
                 if failures == 1:
-                    diary.warning("bus.log_away", message=str(error))
+                    defect = not isinstance(error, SynapseError)
+                    hint = error.hint if isinstance(error, SynapseError) else None
+                    diary.warning("bus.log_away", message=str(error), hint=hint, exc_info=defect)
                 await asyncio.sleep(AGAIN.wait_s(failures, random.random))
                 continue
             self._ready.set()

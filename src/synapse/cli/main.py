@@ -47,6 +47,8 @@ def _run(given: list[str]) -> int:
         raise
     except SystemExit as leaving:  # from Typer's completion, and from a pipe that Typer or rich found closed
         _forget_stdout()
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return EXIT_OK
         return leaving.code if isinstance(leaving.code, int) else EXIT_OK
     except Exception as error:  # the border of the program: nothing may reach the person as a traceback
         problem = unexpected_problem(error)

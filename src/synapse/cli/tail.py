@@ -19,7 +19,7 @@ from synapse.callosum.reading import follow, recent
 from synapse.callosum.topics import matcher
 from synapse.callosum.views import EventView, view_of
 from synapse.cli.logs import log_to_stderr
-from synapse.cli.text import printable, style_of
+from synapse.cli.text import printable, style_of, tell
 from synapse.commands import Context
 from synapse.config import load_settings
 from synapse.errors import InvalidInput
@@ -63,6 +63,8 @@ async def _tail(request: TailRequest) -> None:
         log = await context.get(open_log)
         found = await recent(log, request.pattern, limit=request.lines, since=since)
         _show(found.entries, as_json=request.as_json)
+        if not found.entries and not request.as_json and request.lines != 0:
+            tell("nothing here yet" if since is None and request.pattern == "**" else "nothing like that here yet")
         if request.follow:
             async with aclosing(follow(log, found.position, request.pattern)) as pages:
                 async for page in pages:

@@ -14,7 +14,7 @@ from synapse.callosum.opening import open_log
 from synapse.callosum.reading import follow
 from synapse.callosum.topics import matcher
 from synapse.callosum.views import view_of
-from synapse.errors import Overloaded
+from synapse.errors import InvalidInput, Overloaded
 from synapse.server.event_stream import KEEP_ALIVE, EventStream, named_event
 from synapse.server.routing import ServerState, guarded
 
@@ -47,7 +47,7 @@ async def events(
     place = last_event_id if last_event_id is not None else after
     start: Position | None = await log.end() if place is None else place or None
     if start is not None:
-        await log.read(start, 1)  # so that a place which is none is refused, too
+        await _check_place(log, start)
     if state.listeners >= MOST_LISTENERS:
         raise Overloaded(
             f"{state.listeners} streams of events are open, which is the limit", hint="close one, or try again later"
@@ -56,6 +56,16 @@ async def events(
     state.listeners += 1
     resources.callback(_leave, state)
     return EventStream(_stream(log, start, pattern, state), resources=resources, timeout=None, stop=state.stop)
+
+
+async def _check_place(log: Log, place: Position) -> None:
+    try:
+        await log.read(place, 1)
+    except InvalidInput as error:
+        raise InvalidInput(
+            error.message,
+            hint="it is the id of an event; a stream without one begins now, with `?after=` at the oldest kept",
+        ) from error
 
 
 def _leave(state: ServerState) -> None:
