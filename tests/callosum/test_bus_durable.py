@@ -75,6 +75,29 @@ async def test_each_message_goes_to_one_of_a_group_in_this_or_another_process(du
         assert sorted(seen[0].texts + seen[1].texts + seen[2].texts, key=int) == sent
 
 
+async def test_a_message_that_ends_every_process_that_has_it_is_dead_at_last_and_those_beside_it_are_handled(
+    log: Log,
+) -> None:
+    await log.join("workers", "test.noted", lease_s=0.02)
+    await log.append([note("deadly", priority=6), *(note(str(number)) for number in range(4))])
+    for attempt in range(1, 11):  # as ten processes that are killed would
+        found: list[Delivery] = []
+        while len(found) < 5:
+            found += await log.claim("workers", f"process {attempt}", 5, Tract.INTERNAL)
+            await asyncio.sleep(0.005)
+        assert {delivery.attempt for delivery in found} == {attempt}
+        await asyncio.sleep(0.03)
+    seen = Seen()
+    async with Bus(log=log) as bus:
+        bus.subscribe("test.noted", seen, group="workers", lease_s=5)
+        await until(lambda: len(seen.texts) == 4)
+        assert await bus.drain(20)
+        assert sorted(seen.texts) == ["0", "1", "2", "3"]
+        (letter,) = await bus.dead()
+    assert (said([letter]), letter.reason, letter.attempts) == (["deadly"], "failed", 11)
+    assert letter.error == "10 deliveries of it ended without an outcome"
+
+
 async def test_what_a_person_waits_for_overtakes_a_backlog_in_the_log(log: Log) -> None:
     gate = Gate()
     async with Bus(log=log) as bus:

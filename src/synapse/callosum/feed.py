@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from functools import partial
 from synapse.callosum.backoff import Draw, Retry
 from synapse.callosum.breaker import State
 from synapse.callosum.log import Delivery, Log, Reason, Start
-from synapse.callosum.message import Message, Tract
+from synapse.callosum.message import LANES, Message, Tract
 from synapse.callosum.outcomes import Bury
 from synapse.callosum.publishing import log as diary
 from synapse.callosum.router import Full
@@ -25,6 +25,9 @@ from synapse.callosum.watcher import AGAIN, Watcher
 from synapse.errors import SynapseError, Unavailable
 
 FIRST_CLAIM, LARGEST_CLAIM = 16, 256
+LOST = 5
+"""Deliveries without any outcome, beyond the attempts of a retry, after which a message counts as what ends its
+handler's process."""
 TICK_S = 0.005
 """The log's clock may be so much behind ours."""
 
@@ -247,17 +250,32 @@ class Feed:
             if not room:
                 continue
             before = self._loop.time()
-            for delivery in await self._log.claim(self._membership.group, self._consumer, room, tract):
+            claimed = await self._log.claim(self._membership.group, self._consumer, room, tract)
+            deadly = self._deadly(claimed)
+            for delivery in claimed:
                 message = delivery.message
                 self._gone(message)  # where its lease has ended meanwhile and it has come to us again
                 self._out[tract] += 1
                 self._waiting[message] = _Claimed(delivery, before)
                 found += 1
+                if delivery is deadly:
+                    self._gone(message)
+                    self._die(delivery, "failed", f"{delivery.attempt - 1} deliveries of it ended without an outcome")
+                    continue
                 try:
                     self._put(message)
                 except Full:  # of what was delivered twice: the log delivers it again
                     self._gone(message)
         return found
+
+    def _deadly(self, claimed: Sequence[Delivery]) -> Delivery | None:
+        """Of those that were delivered again and again without an outcome, the one that would be handled first.
+
+        It ended the processes that had it, and those claimed beside it came to nothing too: they get another chance.
+        """
+        most = self._retry.attempts + LOST
+        suspects = [delivery for delivery in claimed if delivery.attempt > most]
+        return max(suspects, key=lambda delivery: delivery.message.lane % LANES, default=None)
 
     async def _news(self) -> None:
         """Wait until there may be something to claim, at the latest until a retry of ours is due."""
