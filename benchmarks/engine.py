@@ -173,7 +173,7 @@ def read_options() -> argparse.Namespace:
     )
     options.add_argument("--peers", action="store_true", help="llama.cpp too, and quality")
     options.add_argument("--peer-python", default=os.environ.get("SYNAPSE_PEER_PYTHON"), help="has llama-cpp-python")
-    options.add_argument("--formats", nargs="*", choices=QUANTISED, default=["Q4_0", "Q8_0", "BF16"])
+    options.add_argument("--formats", nargs="*", choices=QUANTISED, default=["Q4_0", "Q8_0", "BF16", "F16"])
     options.add_argument("--quality", action="store_true", help="divergence and perplexity without peers as well")
     options.add_argument("--perplexity-tokens", type=int, default=50_000)
     options.add_argument("--quick", action="store_true", help="one short round of everything, for a look")

@@ -20,6 +20,8 @@ PAUSE = 0.2
 """Seconds before each turn. BLAS and OpenMP threads go on spinning for a while, in the way of whoever comes next."""
 GREEDY = Sampling(temperature=0)
 PEER = "llama.cpp"
+HOPELESS = 0.5
+"""Share of the fastest format's speed below which a format drops out: one without instructions here takes minutes."""
 OURS, OURS_ONE_LAYER, REFERENCE = "Synapse", "Synapse, one layer for all", "Synapse's NumPy reference"
 
 Prompt = tuple[int, ...]
@@ -140,15 +142,17 @@ def fastest(who: str, speeds: Mapping[str, Sequence[float]]) -> str | None:
 
 
 def take_turns(contenders: Mapping[str, Turn], rounds: int, neighbours: Neighbours) -> dict[str, list[float]]:
-    """The speeds of all rounds but the first, which warms up. Another contender begins every round."""
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for turn in range(rounds + 1):
+    """The speeds of all rounds but the first, which warms up. Another contender begins every round.
+
+    Of the formats of llama.cpp, those far from its fastest in the first round drop out: only the fastest counts.
+    """
+    warm = {name: turn() for name, turn in contenders.items()}
+    enough = HOPELESS * max((speed for name, speed in warm.items() if name.startswith(PEER)), default=0.0)
+    names = [name for name, speed in warm.items() if not name.startswith(PEER) or speed >= enough]
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(1, rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            if turn:
-                speeds[name].append(neighbours.measure(contenders[name], PAUSE))
-            else:
-                contenders[name]()
+            speeds[name].append(neighbours.measure(contenders[name], PAUSE))
     return speeds
 
 

@@ -119,6 +119,13 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted() -> None:
     assert speeds == {"a": [4.0, 5.0], "b": [3.0, 6.0]}
 
 
+def test_a_format_far_from_the_fastest_drops_out_after_the_first_round_and_nobody_else_does() -> None:
+    contenders = {OURS: 1.0, "llama.cpp Q4_0": 50.0, "llama.cpp Q8_0": 26.0, "llama.cpp BF16": 24.0}
+    turns = {name: lambda speed=speed: speed for name, speed in contenders.items()}
+    speeds = engine_speed.take_turns(turns, rounds=2, neighbours=Neighbours())
+    assert speeds == {OURS: [1.0] * 2, "llama.cpp Q4_0": [50.0] * 2, "llama.cpp Q8_0": [26.0] * 2}
+
+
 def test_the_ratio_is_against_the_fastest_format() -> None:
     work = Work("some", at_least={"llama.cpp": 2.0})
     speeds = {OURS: [30.0, 10.0, 20.0], "llama.cpp Q4_0": [4.0, 5.0, 6.0], "llama.cpp Q8_0": [3.0, 3.0, 9.0]}
