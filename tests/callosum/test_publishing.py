@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from structlog.testing import capture_logs
 
+from synapse.callosum import publishing
 from synapse.callosum.hotpath_news import HotPathNews, publish_news
 from synapse.callosum.message import Message, Tract
 from synapse.callosum.outbox import BATCH, Outbox
@@ -22,6 +23,12 @@ from synapse.hotpath.news import News
 
 class Said(Payload):
     number: int
+
+
+@pytest.fixture(autouse=True)
+def _nobody_else_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that other tests share may record in this process."""
+    monkeypatch.setattr(publishing, "_outlets", ())
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from synapse.engines.transformer import Chunk, StepLogits
 from synapse.errors import Unavailable
 from synapse.hotpath.adapter import HotPath
 from synapse.hotpath.decision import BUCKETS, Decision
+from synapse.hotpath.lanes import SLOTS
 
 Closing = Callable[[NativeModel], NativeModel]
 SIZES = (30, 1, 1, 20, 1, 1, 1)
@@ -59,7 +60,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., HotPath[..., Any]]:
     def tie(kernel: Kernel, *, compare: float = 0.0, good: Callable[..., bool] = agrees) -> HotPath[..., Any]:
         own = transformer.PATHS["engine"]
         made = HotPath("engine", own.reference, own.native, good)
-        made.decide(Decision(kernel, BUCKETS, compare, [0] * 64, 1, None, "full"))
+        made.decide(Decision(kernel, BUCKETS, compare, [0] * SLOTS, 1, None, "full"))
         monkeypatch.setattr(transformer, "forward", made.call)
         monkeypatch.setattr(transformer, "PATHS", {"engine": made})
         return made
