@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +56,6 @@ def _sqlite(folder: Path) -> Iterator[str]:
 
 
 def _valkey(folder: Path) -> Iterator[str]:
-    if importlib.util.find_spec("synapse.callosum.valkey_log") is None:
-        pytest.skip("synapse.callosum.valkey_log is missing")
     from callosum.valkey_places import valkey_place
 
     yield from valkey_place(folder)

@@ -145,7 +145,7 @@ async def show_stats(params: Nothing, context: Context) -> EventStats:
 
     Latencies are those of the process that runs the command: ask the server for its own.
     """
-    from synapse.callosum.bus_opening import OBSERVER, open_observer  # noqa: PLC0415
+    from synapse.callosum.bus_opening import OBSERVER, open_observer  # noqa: PLC0415 - as in `_bus`
 
     log = await context.get(open_log)
     observer = await context.get(open_observer)

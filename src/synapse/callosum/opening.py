@@ -24,10 +24,10 @@ async def connect_log(settings: Settings) -> Log:
 
         return MemoryLog()
     if settings.events == "embedded":
-        from synapse.callosum.sqlite_log import SqliteLog  # noqa: PLC0415
+        from synapse.callosum.sqlite_log import SqliteLog  # noqa: PLC0415 - likewise
 
         return await SqliteLog.open(settings.folder("") / LOG_FILE)
-    from synapse.callosum.valkey_log import ValkeyLog  # noqa: PLC0415
+    from synapse.callosum.valkey_log import ValkeyLog  # noqa: PLC0415 - likewise
 
     return await ValkeyLog.connect(settings.events)
 

@@ -23,11 +23,10 @@ from synapse.callosum.message import LANES, Message
 from synapse.callosum.router_drill import Transcript, drill, examples
 from synapse.callosum.router_reference import ReferenceCore
 from synapse.callosum.router_state import Core, Hooks
-from synapse.config import load_settings
-from synapse.errors import NotFound, Unavailable
-from synapse.hotpath.kernel_checks import load_build
-from synapse.hotpath.kernel_spec import KernelBuild, KernelSpec
-from synapse.hotpath.kernels import find_build
+from synapse.errors import Unavailable
+from synapse.hotpath.kernel_checks import load_found
+from synapse.hotpath.kernel_spec import KernelSpec
+from synapse.hotpath.kernels import found_build
 from synapse.hotpath.native import FoundBuild, NativeSide
 from synapse.hotpath.paths import hotpath
 from synapse.hotpath.rollout import Plan, Stage
@@ -190,10 +189,7 @@ def find() -> FoundBuild:
     """
     if sys.implementation.name != "cpython" or not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise Unavailable("the kernel router is for CPython with its global lock")
-    build = find_build(KERNEL, load_settings())
-    if build is None:
-        raise NotFound("the kernel router is not built", hint="synapse kernels build router")
-    return FoundBuild(build.build_id, build.path)
+    return found_build(KERNEL)
 
 
 def bind(path: Path) -> Any:
@@ -202,7 +198,7 @@ def bind(path: Path) -> Any:
     Raises:
         KernelRefused, Unavailable: it does not pass its checks, or they could not be made.
     """
-    return partial(open_native, load_build(KERNEL, KernelBuild(KERNEL.name, "", path)))
+    return partial(open_native, load_found(KERNEL, path))
 
 
 KERNEL = KernelSpec(

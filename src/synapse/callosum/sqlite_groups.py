@@ -65,7 +65,7 @@ def leave(transaction: Transaction, group: str) -> None:
 def claim(transaction: Transaction, group: str, limit: int, tract: Tract, now: float) -> list[Claimed]:
     """Up to `limit` messages: first those that are due again, then new ones."""
     db, head = transaction.db, transaction.head
-    cursor_name = f"cursor{int(tract)}"
+    cursor_name = f"cursor{int(tract)}"  # cursor0 or cursor1: nothing from outside is in the SQL below
     mine = db.execute(f"SELECT id, pattern, lease_s, {cursor_name} FROM groups WHERE name = ?", (group,)).fetchone()  # noqa: S608
     if mine is None:
         raise no_group(group)

@@ -41,6 +41,11 @@ class KernelRefused(Corrupt):
     code = "kernel_refused"
 
 
+def load_found(spec: KernelSpec, path: Path) -> ctypes.CDLL:
+    """As `load_build`, for the `bind` of a `NativeSide`, which is told no more of a build than where it is."""
+    return load_build(spec, KernelBuild(spec.name, "", path))
+
+
 def load_build(spec: KernelSpec, build: KernelBuild, folder: Path | None = None) -> ctypes.CDLL:
     """Open a library, after checking it if these bytes have not been checked on this CPU yet.
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from synapse.config import Settings
-from synapse.errors import Unavailable
+from synapse.config import Settings, load_settings
+from synapse.errors import NotFound, Unavailable
 from synapse.hotpath.compiler import FLAGS, compile_source, compiler_version, find_compiler, run_tool
 from synapse.hotpath.cpu import cpu
 from synapse.hotpath.kernel_checks import FOLDER, KernelRefused, check_build, check_file, is_intact, load_build, seal
 from synapse.hotpath.kernel_spec import KernelBuild, KernelSpec
+from synapse.hotpath.native import FoundBuild
 
 __all__ = [
     "FOLDER",
@@ -33,6 +34,7 @@ __all__ = [
     "build_standalone",
     "check_build",
     "find_build",
+    "found_build",
     "kernel_specs",
     "load_build",
 ]
@@ -109,6 +111,18 @@ def find_build(spec: KernelSpec, settings: Settings) -> KernelBuild | None:
     if not fitting:
         return None
     return _cached(spec, folder, fitting[-1].stem.rpartition("-")[2])
+
+
+def found_build(spec: KernelSpec) -> FoundBuild:
+    """The library of this machine for a kernel, as a hot path wants it; for the `find` of its `NativeSide`.
+
+    Raises:
+        NotFound: there is none.
+    """
+    build = find_build(spec, load_settings())
+    if build is None:
+        raise NotFound(f"the kernel {spec.name} is not built", hint=f"synapse kernels build {spec.name}")
+    return FoundBuild(build.build_id, build.path)
 
 
 def build_standalone(spec: KernelSpec, target: Path) -> Path:

@@ -23,9 +23,10 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.config import load_settings
-from synapse.errors import InternalError, NotFound
-from synapse.hotpath.kernels import KernelBuild, KernelSpec, find_build, load_build
+from synapse.errors import InternalError
+from synapse.hotpath.kernel_checks import load_found
+from synapse.hotpath.kernel_spec import KernelSpec
+from synapse.hotpath.kernels import found_build
 from synapse.hotpath.native import FoundBuild
 from synapse.hotpath.pattern_codes import (
     GROUP,
@@ -123,10 +124,7 @@ def find() -> FoundBuild:
     Raises:
         NotFound: there is none.
     """
-    build = find_build(KERNEL, load_settings())
-    if build is None:
-        raise NotFound("the kernel pattern_search is not built", hint="synapse kernels build pattern_search")
-    return FoundBuild(build.build_id, build.path)
+    return found_build(KERNEL)
 
 
 def bind(path: Path) -> Scan:
@@ -135,7 +133,7 @@ def bind(path: Path) -> Scan:
     Raises:
         KernelRefused, Unavailable: it does not pass its checks, or they could not be made.
     """
-    return partial(scan_native, load_build(KERNEL, KernelBuild(KERNEL.name, "", path)))
+    return partial(scan_native, load_found(KERNEL, path))
 
 
 KERNEL = KernelSpec(

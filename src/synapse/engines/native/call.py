@@ -1,4 +1,4 @@
-"""What the kernel `engine` is given: the fields of `engine.mojo`'s structs, and the arrays they point to."""
+"""What the kernel `engine` is given: the fields of `engine_model.mojo`'s structs, and the arrays they point to."""
 
 from __future__ import annotations
 

@@ -9,15 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
-from synapse.config import load_settings
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.examples import examples
 from synapse.engines.native.model import NativeModel
 from synapse.engines.transformer import Chunk, StepLogits
-from synapse.errors import NotFound
-from synapse.hotpath.kernel_checks import load_build
-from synapse.hotpath.kernel_spec import KernelBuild, KernelSpec
-from synapse.hotpath.kernels import find_build
+from synapse.hotpath.kernel_checks import load_found
+from synapse.hotpath.kernel_spec import KernelSpec
+from synapse.hotpath.kernels import found_build
 from synapse.hotpath.native import FoundBuild
 
 TOLERANCE = 0.6
@@ -92,10 +90,7 @@ def find() -> FoundBuild:
     Raises:
         NotFound: there is none.
     """
-    build = find_build(KERNEL, load_settings())
-    if build is None:
-        raise NotFound("the kernel engine is not built", hint="synapse kernels build engine")
-    return FoundBuild(build.build_id, build.path)
+    return found_build(KERNEL)
 
 
 def bind(path: Path) -> Forward:
@@ -104,7 +99,7 @@ def bind(path: Path) -> Forward:
     Raises:
         KernelRefused, Unavailable: it does not pass its checks, or they could not be made.
     """
-    return partial(forward_native, load_build(KERNEL, KernelBuild(KERNEL.name, "", path)))
+    return partial(forward_native, load_found(KERNEL, path))
 
 
 KERNEL = KernelSpec(

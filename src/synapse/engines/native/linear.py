@@ -27,8 +27,7 @@ from synapse.engines.native.kernel import KERNEL, find
 from synapse.engines.native.layers import GROUP
 from synapse.engines.native.model import MOST_THREADS, cores
 from synapse.engines.native.packing import quantise_q8, unpack
-from synapse.hotpath.kernel_checks import load_build
-from synapse.hotpath.kernel_spec import KernelBuild
+from synapse.hotpath.kernel_checks import load_found
 from synapse.hotpath.native import NativeSide
 from synapse.hotpath.paths import hotpath
 from synapse.hotpath.rollout import Plan, Stage
@@ -129,7 +128,7 @@ def bind(path: Path) -> Any:
     Raises:
         KernelRefused, Unavailable: it does not pass its checks, or they could not be made.
     """
-    return partial(apply_native, load_build(KERNEL, KernelBuild(KERNEL.name, "", path)))
+    return partial(apply_native, load_found(KERNEL, path))
 
 
 def examples() -> list[tuple[Int8Map, Array]]:
