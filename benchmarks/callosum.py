@@ -21,7 +21,7 @@ from benchmarks.callosum_durable import Sizes, durable
 from benchmarks.callosum_peers import nats_program
 from benchmarks.callosum_router import BATCH, publishing, put_and_get, waits
 from benchmarks.report import Report, parser, publish
-from synapse.callosum.router_native import PATH
+from synapse.callosum.router.native import PATH
 from synapse.hotpath import ready
 
 Rows = list[dict[str, Any]]

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.callosum_router import Counter
-from synapse.callosum.bus import Bus
-from synapse.callosum.log import Log
+from synapse.callosum.bus.bus import Bus
+from synapse.callosum.log.contract import Log
+from synapse.callosum.log.sqlite.log import SqliteLog
+from synapse.callosum.log.valkey.log import ValkeyLog
 from synapse.callosum.message import Message, from_wire, to_wire
-from synapse.callosum.sqlite_log import SqliteLog
-from synapse.callosum.valkey_log import ValkeyLog
 
 FETCH = 256
 SETTLE_S = 30.0

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from synapse.callosum.bus import Bus
+from synapse.callosum.bus.bus import Bus
 from synapse.callosum.message import Message, Tract
 from synapse.callosum.payloads import Payload, event
-from synapse.callosum.router import Router
+from synapse.callosum.router.router import Router
 
 PEER = "asyncio.PriorityQueue"
 BATCH = 256

@@ -30,10 +30,10 @@ from benchmarks.report import Report, parser, publish
 from benchmarks.texts import sample_texts
 from synapse.commands import Context
 from synapse.config import load_settings
-from synapse.engines import open_encoder
-from synapse.engines.encoder_linear import Precision
+from synapse.encoders import open_encoder
+from synapse.encoders.linear import Precision
 from synapse.engines.native.kernel import KERNEL
-from synapse.hotpath.kernels import find_build
+from synapse.kernels.cache import find_build
 from synapse.models.library import open_library
 
 PAUSE = 0.2

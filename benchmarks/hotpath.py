@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks.report import Report, parser, publish
 from synapse.errors import Unavailable
 from synapse.hotpath import HotPath, NativeSide
-from synapse.hotpath.decision import BUCKETS, Decision, reference_only
-from synapse.hotpath.lanes import SLOTS
+from synapse.hotpath.metrics.lanes import SLOTS
+from synapse.hotpath.rollout.decision import BUCKETS, Decision, reference_only
 
 CALLS = 100_000
 BUDGET_NANOSECONDS = 2000

@@ -26,10 +26,10 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.report import Report, parser, publish, read_bandwidth
 from synapse.config import load_settings
-from synapse.hotpath.kernels import find_build, load_build
-from synapse.hotpath.pattern_native import KERNEL, scan_native
-from synapse.hotpath.pattern_scan import scan_reference
-from synapse.hotpath.pattern_search import PatternIndex
+from synapse.kernels.cache import find_build, load_build
+from synapse.vectors.index import PatternIndex
+from synapse.vectors.kernel import KERNEL, scan_native
+from synapse.vectors.scan import scan_reference
 
 K = 10
 DIMENSIONS = 384

@@ -18,14 +18,14 @@ class Group:
 
 GROUPS: dict[str, Group] = {
     "model": Group("synapse.models.commands", "Model files: pull, list, show, remove."),
-    "embedding": Group("synapse.engines.commands", "Embeddings: texts as vectors, and how near they are."),
+    "embedding": Group("synapse.encoders.commands", "Embeddings: texts as vectors, and how near they are."),
     "layer": Group("synapse.genome.commands", "LoRA layers: add, list, show, export, remove."),
     "genome": Group("synapse.genome.commands", "Genomes: weighted stacks of layers."),
     "persona": Group("synapse.personas.commands", "Personas: create, list, show, edit, delete."),
     "conversation": Group("synapse.personas.commands", "Conversations that personas have had."),
     "data": Group("synapse.store.commands", "Entities of the store, by collection name."),
     "hotpath": Group("synapse.hotpath.commands", "Hot paths: status, rollout, ranking."),
-    "kernels": Group("synapse.hotpath.kernel_commands", "Native kernels: build, list, verify."),
+    "kernels": Group("synapse.kernels.commands", "Native kernels: build, list, verify."),
     "events": Group("synapse.callosum.commands", "Events: follow them, count them, dead letters."),
     "key": Group("synapse.server.commands", "API keys of the server."),
 }

@@ -12,10 +12,11 @@ from openfeature import api
 
 from support.hotpath_kernels import compile_kernel, same, total
 from support.postgres import database_url
-from synapse.hotpath import HotPath, NativeSide, News, Plan, listen, paths, watch
-from synapse.hotpath.entities import HotPathState, rollout_of
-from synapse.hotpath.rollout import STAGES, Rollout
-from synapse.hotpath.supervisor import Supervisor
+from synapse.hotpath import HotPath, NativeSide, News, Plan, listen, paths
+from synapse.hotpath.rollout import watch
+from synapse.hotpath.rollout.entities import HotPathState, rollout_of
+from synapse.hotpath.rollout.plan import STAGES, Rollout
+from synapse.hotpath.rollout.supervisor import Supervisor
 from synapse.store import Store, connect
 
 __all__ = ["database_url"]

@@ -16,13 +16,13 @@ from synapse.config import Settings
 from synapse.errors import Conflict, InvalidInput, NotFound, SynapseError, Unavailable
 from synapse.hotpath import PATHS, HotPath, NativeSide, hotpath
 from synapse.hotpath.commands import Ranking, RankRow, StatusList
-from synapse.hotpath.entities import HotPathEvent, HotPathState, fields_of
-from synapse.hotpath.histogram import bucket_of
-from synapse.hotpath.metrics import WINDOW, Tally
-from synapse.hotpath.rollout import BURN_IN_CALLS, Faults, begin
+from synapse.hotpath.metrics.histogram import bucket_of
+from synapse.hotpath.metrics.window import WINDOW, Tally
+from synapse.hotpath.rollout.entities import HotPathEvent, HotPathState, fields_of
+from synapse.hotpath.rollout.plan import BURN_IN_CALLS, Faults, begin
+from synapse.hotpath.rollout.supervisor import Supervisor, utc_now
 from synapse.hotpath.status import PathStatus
 from synapse.hotpath.status import status_of as status_in
-from synapse.hotpath.supervisor import Supervisor, utc_now
 from synapse.store import open_store
 
 pytestmark = pytest.mark.usefixtures("free_choice")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from synapse.hotpath.histogram import bucket_of
-from synapse.hotpath.metrics import Tally
+from synapse.hotpath.metrics.histogram import bucket_of
+from synapse.hotpath.metrics.window import Tally
 from synapse.hotpath.ranking import (
     CANDIDATES,
     Candidate,

@@ -18,7 +18,7 @@ from hotpath.conftest import World, end_watch
 from support.hotpath_kernels import CRASH, bind_dies, bind_refuses, bind_total, compile_kernel, same, total, values
 from synapse.errors import NotFound, Unavailable
 from synapse.hotpath import PATHS, FoundBuild, HotPath, NativeSide, Readiness, Stage, hotpath, ready
-from synapse.hotpath.rollout import BURN_IN_CALLS
+from synapse.hotpath.rollout.plan import BURN_IN_CALLS
 
 ONE_STAGE = (Stage("full", share=1.0, compare=0.01, dwell=timedelta(days=30), min_samples=0),)
 

@@ -17,7 +17,7 @@ from support.live_server import Live, running
 from support.tiny_encoders import build_tiny_encoder
 from synapse.commands import Context
 from synapse.config import Settings
-from synapse.engines.encoder import open_encoder_folder
+from synapse.encoders.encoder import open_encoder_folder
 from synapse.models.library import open_library
 
 pytestmark = pytest.mark.peer

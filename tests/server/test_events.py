@@ -18,8 +18,8 @@ import pytest
 from support.heard import Heard
 from support.heard import listening as heard_now
 from support.live_server import Live, running, wait_until
+from synapse.callosum.log.opening import open_log
 from synapse.callosum.message import Message
-from synapse.callosum.opening import open_log
 from synapse.callosum.payloads import Untyped
 from synapse.server import event_routes
 from synapse.server.keys import KeyPermission, new_key

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from synapse.callosum.message import Message
-from synapse.callosum.publishing import connect
+from synapse.callosum.publish.publishing import connect
 
 
 class Heard(list[Message]):

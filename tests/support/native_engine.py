@@ -18,19 +18,19 @@ import pytest
 from numpy.typing import NDArray
 
 from support.pattern_kernel import kernel_build
-from synapse.engines.kv_cache import BLOCK_TOKENS
-from synapse.engines.lora import Stack
+from synapse.engines.cache.blocks import BLOCK_TOKENS
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.examples import CONTEXT, small_config, small_model
 from synapse.engines.native.kernel import KERNEL
 from synapse.engines.native.model import NativeModel
-from synapse.engines.native.packed_model import PackedModel
-from synapse.engines.transformer import Cache, Chunk, ReferenceTransformer, StepLogits
-from synapse.engines.weights import PackedWeights
-from synapse.hotpath.compiler import CompilerMissing
-from synapse.hotpath.kernel_checks import FOLDER, load_build
-from synapse.hotpath.kernel_spec import KernelBuild
+from synapse.engines.native.packed.model import PackedModel
+from synapse.engines.reference.lora import Stack
+from synapse.engines.reference.transformer import Cache, Chunk, ReferenceTransformer, StepLogits
+from synapse.engines.reference.weights import PackedWeights
 from synapse.hotpath.paths import ready
+from synapse.kernels.checks import FOLDER, load_build
+from synapse.kernels.compiler import CompilerMissing
+from synapse.kernels.spec import KernelBuild
 from synapse.models.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS, ModelConfig
 from synapse.models.gguf_file import PARTS

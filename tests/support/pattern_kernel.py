@@ -10,9 +10,9 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from synapse.hotpath.kernels import KernelBuild, KernelSpec, build_kernel, load_build
-from synapse.hotpath.pattern_native import KERNEL, scan_native
-from synapse.hotpath.pattern_scan import Scan, scan_reference
+from synapse.kernels.cache import KernelBuild, KernelSpec, build_kernel, load_build
+from synapse.vectors.kernel import KERNEL, scan_native
+from synapse.vectors.scan import Scan, scan_reference
 
 
 @cache

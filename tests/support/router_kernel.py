@@ -9,12 +9,12 @@ from functools import cache, partial
 import pytest
 
 from support.pattern_kernel import kernel_build
-from synapse.callosum.router_native import KERNEL, open_native
-from synapse.callosum.router_reference import ReferenceCore
-from synapse.callosum.router_state import Core, Hooks
-from synapse.hotpath.compiler import CompilerMissing
-from synapse.hotpath.kernel_checks import load_build
-from synapse.hotpath.kernel_spec import KernelBuild
+from synapse.callosum.router.native import KERNEL, open_native
+from synapse.callosum.router.reference import ReferenceCore
+from synapse.callosum.router.state import Core, Hooks
+from synapse.kernels.checks import load_build
+from synapse.kernels.compiler import CompilerMissing
+from synapse.kernels.spec import KernelBuild
 
 CORES = ("reference", "native")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from synapse.hotpath.kernel_checks import seal
-from synapse.hotpath.kernels import KernelBuild, KernelSpec
+from synapse.kernels.cache import KernelBuild, KernelSpec
+from synapse.kernels.checks import seal
 
 LOG = "TINY_SELF_TESTS"
 """Environment variable with the file in which every self-test notes the process that it runs in."""

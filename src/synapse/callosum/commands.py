@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, Field
 
-from synapse.callosum.log import DeadLetter, GroupStats, Reason
+from synapse.callosum.log.contract import DeadLetter, GroupStats, Reason
+from synapse.callosum.log.opening import open_log
+from synapse.callosum.log.reading import recent
 from synapse.callosum.message import Tract
-from synapse.callosum.observers import BINS, Observer, Percentiles, TopicReport
-from synapse.callosum.opening import open_log
-from synapse.callosum.reading import recent
+from synapse.callosum.observe.observers import BINS, Observer, Percentiles, TopicReport
 from synapse.callosum.views import EventView, view_of
 from synapse.commands import Argument, Context, command
 from synapse.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from synapse.callosum.bus import Bus
-    from synapse.callosum.bus_stats import SubscriptionStats
+    from synapse.callosum.bus.bus import Bus
+    from synapse.callosum.bus.stats import SubscriptionStats
 
 
 class Nothing(BaseModel):
@@ -145,7 +145,7 @@ async def show_stats(params: Nothing, context: Context) -> EventStats:
 
     Latencies are those of the process that runs the command: ask the server for its own.
     """
-    from synapse.callosum.bus_opening import OBSERVER, open_observer  # noqa: PLC0415 - as in `_bus`
+    from synapse.callosum.bus.opening import OBSERVER, open_observer  # noqa: PLC0415 - as in `_bus`
 
     log = await context.get(open_log)
     observer = await context.get(open_observer)
@@ -196,7 +196,7 @@ async def drop(params: ChooseDead, context: Context) -> Dropped:
 
 
 async def _bus(context: Context) -> Bus:
-    from synapse.callosum.bus_opening import open_bus  # noqa: PLC0415 - large, and `synapse events tail` needs none
+    from synapse.callosum.bus.opening import open_bus  # noqa: PLC0415 - large, and `synapse events tail` needs none
 
     return await context.get(open_bus)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from synapse.callosum.recording import recording
+from synapse.callosum.publish.recording import recording
 from synapse.cli.chat_session import ChatSession
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.progress import TerminalProgress

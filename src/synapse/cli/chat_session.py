@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from synapse.callosum.outbox import Outbox
+from synapse.callosum.publish.outbox import Outbox
 from synapse.cli.line_editor import LineEditor
 from synapse.cli.problems import problem_of, show_problem
 from synapse.cli.text import left_out_notice, printable, style_of, tell, write_answer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from synapse.callosum.recording import recording
+from synapse.callosum.publish.recording import recording
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.output import human_bytes
 from synapse.cli.progress import TerminalProgress

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from synapse.callosum.recording import recording
+from synapse.callosum.publish.recording import recording
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.options import read_params
 from synapse.cli.output import show_result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from synapse.callosum.recording import recording
+from synapse.callosum.publish.recording import recording
 from synapse.cli.progress import TerminalProgress
 from synapse.cli.text import tell
 from synapse.commands import Context

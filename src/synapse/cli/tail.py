@@ -13,9 +13,9 @@ from datetime import datetime
 
 from pydantic import JsonValue
 
-from synapse.callosum.log import Entry
-from synapse.callosum.opening import open_log
-from synapse.callosum.reading import follow, recent
+from synapse.callosum.log.contract import Entry
+from synapse.callosum.log.opening import open_log
+from synapse.callosum.log.reading import follow, recent
 from synapse.callosum.topics import matcher
 from synapse.callosum.views import EventView, view_of
 from synapse.cli.logs import log_to_stderr

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from synapse.engines.encoder import Encoder, open_encoder
-from synapse.engines.encoder_host import Embeddings, EncoderHost, EncoderRunner, open_encoders
+from synapse.engines.cache.layers import LayerNotLoaded
 from synapse.engines.engine import Backend, ContextOverflow, Counters, Engine, Limits
 from synapse.engines.grammar import BadGrammar
 from synapse.engines.host import EngineHost, limits_from, open_engine, open_engines
-from synapse.engines.layer_cache import LayerNotLoaded
 from synapse.engines.request import (
     Delta,
     Event,
@@ -26,10 +24,6 @@ __all__ = [
     "ContextOverflow",
     "Counters",
     "Delta",
-    "Embeddings",
-    "Encoder",
-    "EncoderHost",
-    "EncoderRunner",
     "Engine",
     "EngineHost",
     "EngineRunner",
@@ -44,8 +38,6 @@ __all__ = [
     "Sampling",
     "TokenLogprob",
     "limits_from",
-    "open_encoder",
-    "open_encoders",
     "open_engine",
     "open_engines",
 ]

@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from synapse.config import load_settings
+from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
+from synapse.engines.cache.layers import LayerCache
 from synapse.engines.grammar import Constraint, Grammars
-from synapse.engines.kv_cache import BLOCK_TOKENS, BlockPool
-from synapse.engines.layer_cache import LayerCache
-from synapse.engines.lora import Layer, Stack
 from synapse.engines.native.layers import Precision
 from synapse.engines.native.model import cores
-from synapse.engines.native.packed_file import Quantisation
+from synapse.engines.native.packed.file import Quantisation
 from synapse.engines.native.transformer import open_native, prepare_native
+from synapse.engines.reference.lora import Layer, Stack
+from synapse.engines.reference.transformer import Chunk, ReferenceTransformer, StepLogits, Transformer
+from synapse.engines.reference.weights import load_weights
 from synapse.engines.request import Delta, Event, Finished, FinishReason, Grammar, Request, TokenLogprob
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
 from synapse.engines.scheduler import Scheduler
 from synapse.engines.sequence import Sequence
-from synapse.engines.transformer import Chunk, ReferenceTransformer, StepLogits, Transformer
-from synapse.engines.weights import load_weights
 from synapse.errors import InternalError, InvalidInput, SynapseError, Unavailable
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig

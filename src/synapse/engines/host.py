@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
 
-from synapse.callosum.publishing import publish
+from synapse.callosum.publish.publishing import publish
 from synapse.commands import Context
 from synapse.config import Settings, load_settings
 from synapse.engines.engine import Backend, Engine, Limits, open_engine_file
 from synapse.engines.events import EngineOpened
 from synapse.engines.native.layers import Precision
-from synapse.engines.native.packed_file import Quantisation
+from synapse.engines.native.packed.file import Quantisation
 from synapse.engines.runner import EngineRunner
 from synapse.models.library import ModelLibrary, open_library
 

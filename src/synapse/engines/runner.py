@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import structlog
 
-from synapse.callosum.publishing import publish
+from synapse.callosum.publish.publishing import publish
 from synapse.engines.engine import Counters, Engine
 from synapse.engines.events import EngineFailed
 from synapse.engines.request import Event, Finished, Request

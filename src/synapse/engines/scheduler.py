@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from synapse.engines.kv_cache import BLOCK_TOKENS, BlockPool
+from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
 from synapse.engines.sequence import Sequence
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool, Digest, next_digest, root_digest
 from synapse.engines.grammar import Constraint
-from synapse.engines.kv_cache import BLOCK_TOKENS, BlockPool, Digest, next_digest, root_digest
-from synapse.engines.lora import Stack
+from synapse.engines.reference.lora import Stack
 from synapse.engines.request import FinishReason, Request
 from synapse.engines.sampling import Sampler
 from synapse.engines.text import TextStream

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from synapse.callosum.payloads import Payload, event
-from synapse.callosum.publishing import publish
+from synapse.callosum.publish.publishing import publish
 from synapse.genome.entities import Genome, GenomeLayer
 
 

@@ -3,11 +3,11 @@
 `@hotpath` ties the two together; see docs/guide/hotpaths.md.
 """
 
-from synapse.hotpath.adapter import HotPath
-from synapse.hotpath.native import FoundBuild, NativeSide, python_forced
+from synapse.hotpath.call import HotPath
 from synapse.hotpath.news import News, listen
 from synapse.hotpath.paths import PATHS, Readiness, hotpath, ready
-from synapse.hotpath.rollout import STAGES, Plan, Stage
+from synapse.hotpath.rollout.plan import STAGES, Plan, Stage
+from synapse.kernels.native import FoundBuild, NativeSide, python_forced
 
 __all__ = [
     "PATHS",

@@ -11,23 +11,23 @@ from pydantic import BaseModel, Field
 
 from synapse.commands import Argument, Context, command
 from synapse.errors import InvalidInput, NotFound
-from synapse.hotpath import rollout as rollouts
-from synapse.hotpath.adapter import HotPath
-from synapse.hotpath.entities import HotPathState, rollout_of
+from synapse.hotpath.call import HotPath
 from synapse.hotpath.news import tell
 from synapse.hotpath.paths import PATHS
 from synapse.hotpath.ranking import CANDIDATES, Measured, Source, measured_frequency, measured_gain, rank
-from synapse.hotpath.records import Subject, intervene
-from synapse.hotpath.rollout import Plan, Rollout, Step
+from synapse.hotpath.rollout import plan as rollouts
+from synapse.hotpath.rollout.entities import HotPathState, rollout_of
+from synapse.hotpath.rollout.plan import Plan, Rollout, Step
+from synapse.hotpath.rollout.records import Subject, intervene
+from synapse.hotpath.rollout.supervisor import utc_now
 from synapse.hotpath.status import PathStatus, current_state, status_of
-from synapse.hotpath.supervisor import utc_now
 from synapse.store import Store, open_store
 
 MODULES = (
-    "synapse.hotpath.pattern_search",
+    "synapse.vectors.index",
     "synapse.engines.native.transformer",
     "synapse.engines.native.linear",
-    "synapse.callosum.router_native",
+    "synapse.callosum.router.native",
 )
 """The modules that have hot paths. Rooms above this one are named, not imported, until a command asks."""
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from synapse.errors import NotFound, TimedOut
-from synapse.hotpath.adapter import HotPath
-from synapse.hotpath.native import NativeSide, python_forced
-from synapse.hotpath.rollout import STAGES, Plan
+from synapse.hotpath.call import HotPath
+from synapse.hotpath.rollout.plan import STAGES, Plan
+from synapse.kernels.native import NativeSide, python_forced
 
 if TYPE_CHECKING:
-    from synapse.hotpath.watch import Watch
+    from synapse.hotpath.rollout.watch import Watch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,7 +124,7 @@ def _supervise() -> threading.Thread:
 
 
 def _start_watch() -> Watch | None:
-    from synapse.hotpath.watch import ensure_watched  # noqa: PLC0415 (see above)
+    from synapse.hotpath.rollout.watch import ensure_watched  # noqa: PLC0415 (see above)
 
     return ensure_watched()
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
-from synapse.hotpath.histogram import total
-from synapse.hotpath.metrics import ALERT_CALLS, Tally
+from synapse.hotpath.metrics.histogram import total
+from synapse.hotpath.metrics.window import ALERT_CALLS, Tally
 
 Source = Literal["measured", "declared"]
 

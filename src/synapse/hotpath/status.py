@@ -9,13 +9,13 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from synapse.errors import SynapseError
-from synapse.hotpath.adapter import HotPath
-from synapse.hotpath.entities import HotPathState, rollout_of
-from synapse.hotpath.histogram import Counts, percentile
-from synapse.hotpath.metrics import NOTHING, WINDOW, Tally, alerts, combined
-from synapse.hotpath.native import FoundBuild, python_forced
-from synapse.hotpath.rollout import Rollout, begin, lacking
-from synapse.hotpath.supervisor import NO_BUILD
+from synapse.hotpath.call import HotPath
+from synapse.hotpath.metrics.histogram import Counts, percentile
+from synapse.hotpath.metrics.window import NOTHING, WINDOW, Tally, alerts, combined
+from synapse.hotpath.rollout.entities import HotPathState, rollout_of
+from synapse.hotpath.rollout.plan import Rollout, begin, lacking
+from synapse.hotpath.rollout.supervisor import NO_BUILD
+from synapse.kernels.native import FoundBuild, python_forced
 from synapse.store import Store
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from synapse.callosum.publishing import publish
+from synapse.callosum.publish.publishing import publish
 from synapse.commands import Context, Progress
 from synapse.commands.context import no_progress
 from synapse.errors import Conflict, NotFound, SynapseError, Unavailable

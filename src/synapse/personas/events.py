@@ -6,7 +6,7 @@ import time
 
 from synapse.callosum.message import Tract
 from synapse.callosum.payloads import Payload, event
-from synapse.callosum.publishing import publish
+from synapse.callosum.publish.publishing import publish
 from synapse.errors import SynapseError
 from synapse.personas.entities import Persona
 

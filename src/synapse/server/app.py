@@ -15,14 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import synapse
-from synapse.callosum.bus_opening import open_bus, open_observer
+from synapse.callosum.bus.opening import open_bus, open_observer
 from synapse.callosum.message import Message
-from synapse.callosum.publishing import publish
-from synapse.callosum.recording import recording
+from synapse.callosum.publish.publishing import publish
+from synapse.callosum.publish.recording import recording
 from synapse.commands import Context
 from synapse.engines import open_engines
 from synapse.errors import InternalError, InvalidInput, NotFound, SynapseError
-from synapse.hotpath.watch import open_hotpaths
+from synapse.hotpath.rollout.watch import open_hotpaths
 from synapse.server import embeddings, event_routes, health, metrics, openai_routes
 from synapse.server.command_routes import command_routes
 from synapse.server.errors import WrongMethod, error_response, from_validation

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from synapse.callosum.publishing import publish
+from synapse.callosum.publish.publishing import publish
 from synapse.commands import Argument, Context, command
 from synapse.errors import Conflict, NotFound
 from synapse.server.events import KeyNews

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from synapse.engines import Embeddings, open_encoders
+from synapse.encoders import Embeddings, open_encoders
 from synapse.errors import TimedOut
 from synapse.server.catalogue import list_encoders
 from synapse.server.errors import BadField, UnknownModel

@@ -9,9 +9,9 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
-from synapse.callosum.log import Log, Position
-from synapse.callosum.opening import open_log
-from synapse.callosum.reading import follow
+from synapse.callosum.log.contract import Log, Position
+from synapse.callosum.log.opening import open_log
+from synapse.callosum.log.reading import follow
 from synapse.callosum.topics import matcher
 from synapse.callosum.views import view_of
 from synapse.errors import InvalidInput, Overloaded

@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from synapse.hotpath.prometheus import CONTENT_TYPE, prometheus_text
+from synapse.hotpath.metrics.prometheus import CONTENT_TYPE, prometheus_text
 from synapse.server.routing import guarded
 
 router = APIRouter(tags=["health"], route_class=guarded("read"))

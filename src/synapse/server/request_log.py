@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from synapse.callosum.message import Tract
-from synapse.callosum.publishing import publish
+from synapse.callosum.publish.publishing import publish
 from synapse.evidence import Evidence
 from synapse.server.events import RequestFinished
 

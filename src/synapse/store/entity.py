@@ -29,8 +29,8 @@ COLLECTIONS: Mapping[str, str] = {
     "Conversation": "synapse.personas.entities",
     "Message": "synapse.personas.entities",
     "ApiKey": "synapse.server.keys",
-    "HotPathState": "synapse.hotpath.entities",
-    "HotPathEvent": "synapse.hotpath.entities",
+    "HotPathState": "synapse.hotpath.rollout.entities",
+    "HotPathEvent": "synapse.hotpath.rollout.entities",
 }
 KEPT_BY_THE_STORE = frozenset({"id", "created_at", "updated_at"})
 """Fields that the store sets and nobody changes."""

@@ -28,10 +28,10 @@ from synapse.engines.native.call import BEST, padded
 from synapse.engines.native.examples import CONTEXT, small_config, small_model
 from synapse.engines.native.layers import GROUP
 from synapse.engines.native.model import NativeModel
-from synapse.engines.native.packed_file import Quantisation, open_packed
-from synapse.engines.native.source_hash import source_sha256
-from synapse.engines.transformer import Chunk, ReferenceTransformer
-from synapse.engines.weights import load_weights
+from synapse.engines.native.packed.file import Quantisation, open_packed
+from synapse.engines.native.packed.source_hash import source_sha256
+from synapse.engines.reference.transformer import Chunk, ReferenceTransformer
+from synapse.engines.reference.weights import load_weights
 from synapse.errors import Unavailable
 from synapse.models.config import RopeConfig
 from synapse.models.gguf_file import open_model_file

@@ -24,9 +24,9 @@ from support.native_engine import (
 from synapse.engines import Engine, Limits, Request, Sampling
 from synapse.engines.engine import open_engine_file
 from synapse.engines.native.kernel import TOLERANCE
-from synapse.engines.native.packed_file import Quantisation
+from synapse.engines.native.packed.file import Quantisation
 from synapse.engines.native.transformer import NativeTransformer
-from synapse.engines.transformer import Chunk
+from synapse.engines.reference.transformer import Chunk
 from synapse.models.chat_template import Message, encode_chat
 
 LIMITS = Limits(max_context=512, threads=2, layer_precision="float16")

@@ -21,8 +21,8 @@ from support.tiny_models import VOCAB, build_tiny_model
 from synapse.engines import Delta, Engine, EngineRunner, Finished, Grammar, Limits, Request, Sampling
 from synapse.engines.engine import open_engine_file
 from synapse.engines.native.transformer import NativeTransformer
+from synapse.engines.reference.transformer import ReferenceTransformer
 from synapse.engines.request import Event
-from synapse.engines.transformer import ReferenceTransformer
 from synapse.errors import InternalError, InvalidInput, Unavailable
 from synapse.models.adapter import LoraFactors
 from synapse.models.config import ModelConfig

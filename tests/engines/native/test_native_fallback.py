@@ -27,11 +27,11 @@ from synapse.engines.native.kernel import agrees
 from synapse.engines.native.layers import pack_layer
 from synapse.engines.native.model import NativeModel
 from synapse.engines.native.transformer import NativeTransformer
-from synapse.engines.transformer import Chunk, StepLogits
+from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.errors import Unavailable
-from synapse.hotpath.adapter import HotPath
-from synapse.hotpath.decision import BUCKETS, Decision
-from synapse.hotpath.lanes import SLOTS
+from synapse.hotpath.call import HotPath
+from synapse.hotpath.metrics.lanes import SLOTS
+from synapse.hotpath.rollout.decision import BUCKETS, Decision
 
 Closing = Callable[[NativeModel], NativeModel]
 SIZES = (30, 1, 1, 20, 1, 1, 1)

@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from support.native_engine import by_kernel, new_cache, some_tokens, tiny_adapter, tiny_native
-from synapse.engines.lora import Stack
 from synapse.engines.native.layers import Precision, pack_layer
 from synapse.engines.native.model import NativeModel
-from synapse.engines.transformer import Chunk, StepLogits
+from synapse.engines.reference.lora import Stack
+from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.models.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS, ModelConfig
 

@@ -21,11 +21,11 @@ from support.native_engine import (
     tiny_adapter,
     tiny_native,
 )
-from synapse.engines.kv_cache import BLOCK_TOKENS
-from synapse.engines.lora import Stack
+from synapse.engines.cache.blocks import BLOCK_TOKENS
 from synapse.engines.native.layers import Precision, pack_layer
 from synapse.engines.native.model import NativeModel
-from synapse.engines.transformer import Chunk
+from synapse.engines.reference.lora import Stack
+from synapse.engines.reference.transformer import Chunk
 
 Closing = Callable[[NativeModel], NativeModel]
 Kind = Literal["q4", "q8"]

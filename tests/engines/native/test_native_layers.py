@@ -25,13 +25,13 @@ from support.native_engine import (
 )
 from support.peft_layers import save_layer
 from support.tiny_models import build_tiny_model
-from synapse.engines.lora import Stack, lora_layer
 from synapse.engines.native.examples import small_config
 from synapse.engines.native.layers import Precision, pack_layer
 from synapse.engines.native.model import NativeModel
-from synapse.engines.native.packed_file import open_packed
-from synapse.engines.native.source_hash import source_sha256
-from synapse.engines.transformer import Chunk
+from synapse.engines.native.packed.file import open_packed
+from synapse.engines.native.packed.source_hash import source_sha256
+from synapse.engines.reference.lora import Stack, lora_layer
+from synapse.engines.reference.transformer import Chunk
 from synapse.models.adapter import Adapter, LoraFactors, read_adapter
 from synapse.models.config import PROJECTIONS
 from synapse.models.gguf_file import open_model_file

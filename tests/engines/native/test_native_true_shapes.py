@@ -11,13 +11,13 @@ from support.engine_runs import run
 from support.native_engine import distances, tiny_adapter, write_adapter
 from support.true_shapes import LLAMA_3_2_1B, QWEN_2_5_HALF_B, Shape, write_true_shape
 from synapse.engines import Limits, Request, Sampling
+from synapse.engines.cache.blocks import BLOCK_TOKENS
 from synapse.engines.engine import open_engine_file
-from synapse.engines.kv_cache import BLOCK_TOKENS
-from synapse.engines.lora import Stack, lora_layer
-from synapse.engines.native.packed_file import open_packed
-from synapse.engines.native.source_hash import source_sha256
-from synapse.engines.transformer import Chunk, ReferenceTransformer
-from synapse.engines.weights import packed_weights
+from synapse.engines.native.packed.file import open_packed
+from synapse.engines.native.packed.source_hash import source_sha256
+from synapse.engines.reference.lora import Stack, lora_layer
+from synapse.engines.reference.transformer import Chunk, ReferenceTransformer
+from synapse.engines.reference.weights import packed_weights
 from synapse.models.adapter import read_adapter
 from synapse.models.gguf_file import open_model_file
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.engines.kv_cache import BLOCK_TOKENS, untouched_zeros
+from synapse.engines.cache.blocks import BLOCK_TOKENS, untouched_zeros
 
 
 class HalfCache:

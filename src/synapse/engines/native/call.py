@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.engines.kv_cache import BLOCK_TOKENS
+from synapse.engines.cache.blocks import BLOCK_TOKENS
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.layers import GROUP, PackedLayer
-from synapse.engines.native.packed_file import PackedModel
-from synapse.engines.transformer import Chunk, StepLogits
+from synapse.engines.native.packed.file import PackedModel
+from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.models.config import PROJECTIONS
 from synapse.models.gguf_file import PARTS
 

@@ -467,7 +467,7 @@ def engine_abi_version() abi("C") -> Int:
 
 @export("engine_cpu_features")
 def engine_cpu_features() abi("C") -> Int:
-    """What the CPU must have, as bits of `synapse.hotpath.cpu.FEATURES`."""
+    """What the CPU must have, as bits of `synapse.kernels.cpu.FEATURES`."""
     var features = 0
     comptime if CompilationTarget.has_avx2():
         features |= 1

@@ -7,12 +7,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.engines.kv_cache import BLOCK_TOKENS
+from synapse.engines.cache.blocks import BLOCK_TOKENS
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.layers import PackedLayer, Precision, pack_layer
 from synapse.engines.native.model import NativeModel
-from synapse.engines.native.packed_file import PackedModel
-from synapse.engines.transformer import Chunk
+from synapse.engines.native.packed.file import PackedModel
+from synapse.engines.reference.transformer import Chunk
 from synapse.models.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS, ModelConfig, RopeConfig
 from synapse.models.gguf_file import PARTS

@@ -12,11 +12,11 @@ import numpy as np
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.examples import examples
 from synapse.engines.native.model import NativeModel
-from synapse.engines.transformer import Chunk, StepLogits
-from synapse.hotpath.kernel_checks import load_found
-from synapse.hotpath.kernel_spec import KernelSpec
-from synapse.hotpath.kernels import found_build
-from synapse.hotpath.native import FoundBuild
+from synapse.engines.reference.transformer import Chunk, StepLogits
+from synapse.kernels.cache import found_build
+from synapse.kernels.checks import load_found
+from synapse.kernels.native import FoundBuild
+from synapse.kernels.spec import KernelSpec
 
 TOLERANCE = 0.6
 """Largest distance of a row of logits from the reference's, as a share of the spread of the reference's row.

@@ -26,11 +26,11 @@ from synapse.engines.native.call import (
 from synapse.engines.native.kernel import KERNEL, find
 from synapse.engines.native.layers import GROUP
 from synapse.engines.native.model import MOST_THREADS, cores
-from synapse.engines.native.packing import quantise_q8, unpack
-from synapse.hotpath.kernel_checks import load_found
-from synapse.hotpath.native import NativeSide
+from synapse.engines.native.packed.packing import quantise_q8, unpack
 from synapse.hotpath.paths import hotpath
-from synapse.hotpath.rollout import Plan, Stage
+from synapse.hotpath.rollout.plan import Plan, Stage
+from synapse.kernels.checks import load_found
+from synapse.kernels.native import NativeSide
 
 Array = NDArray[np.float32]
 TOLERANCE = 1e-3

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.call import LANES, ModelTable, Team, Workspace
-from synapse.engines.native.packed_file import PackedModel
-from synapse.engines.transformer import Chunk, ReferenceTransformer, StepLogits
-from synapse.engines.weights import packed_weights
+from synapse.engines.native.packed.file import PackedModel
+from synapse.engines.reference.transformer import Chunk, ReferenceTransformer, StepLogits
+from synapse.engines.reference.weights import packed_weights
 from synapse.errors import Unavailable
 from synapse.models.config import ModelConfig
 

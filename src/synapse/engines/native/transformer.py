@@ -15,13 +15,13 @@ from synapse.engines.native.examples import examples
 from synapse.engines.native.kernel import agrees, bind, find
 from synapse.engines.native.layers import PackedLayer, Precision, pack_layer
 from synapse.engines.native.model import NativeModel
-from synapse.engines.native.packed_file import Quantisation, open_packed
-from synapse.engines.native.source_hash import source_sha256
-from synapse.engines.transformer import Chunk, StepLogits
+from synapse.engines.native.packed.file import Quantisation, open_packed
+from synapse.engines.native.packed.source_hash import source_sha256
+from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.errors import Unavailable
-from synapse.hotpath.native import NativeSide
 from synapse.hotpath.paths import PATHS, hotpath, ready
-from synapse.hotpath.rollout import Plan, Stage
+from synapse.hotpath.rollout.plan import Plan, Stage
+from synapse.kernels.native import NativeSide
 from synapse.models.adapter import Adapter
 from synapse.models.gguf_file import ModelFile
 

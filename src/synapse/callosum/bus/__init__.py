@@ -1,0 +1,1 @@
+"""The bus: subscriptions, groups and requests within a process."""

@@ -1,0 +1,1 @@
+"""How a message gets from a queue or a log to its handler, and what becomes of it."""

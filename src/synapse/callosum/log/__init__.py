@@ -1,0 +1,1 @@
+"""Durable logs: what every backend does, and the backends."""

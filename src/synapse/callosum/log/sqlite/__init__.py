@@ -1,0 +1,1 @@
+"""The embedded log, in an SQLite file."""

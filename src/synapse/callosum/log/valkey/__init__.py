@@ -1,0 +1,1 @@
+"""The log in Valkey or Redis Streams."""

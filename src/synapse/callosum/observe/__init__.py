@@ -1,0 +1,1 @@
+"""What counts the messages that pass."""

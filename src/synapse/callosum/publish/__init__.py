@@ -1,0 +1,1 @@
+"""Publishing from anywhere, and recording it in the log of the home."""

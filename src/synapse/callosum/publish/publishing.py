@@ -1,0 +1,57 @@
+"""Publishing from anywhere: one call, from any thread, that never fails and costs nothing while nobody listens.
+
+Who starts a process connects where messages go; `synapse.callosum.publish.recording` sends them to the log of the home.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import structlog
+from pydantic import BaseModel
+
+from synapse.callosum.message import Message, Tract
+from synapse.evidence import Evidence
+
+log: structlog.stdlib.BoundLogger = structlog.wrap_logger(logging.getLogger("synapse.callosum"))
+
+Outlet = Callable[[Message], None]
+"""Takes a message in the thread that publishes it, and returns at once."""
+
+_outlets: tuple[Outlet, ...] = ()
+_lock = threading.Lock()
+
+
+def connect(outlet: Outlet) -> Callable[[], None]:
+    """Give an outlet every message that is published in this process from now on. Returns what ends that."""
+    global _outlets  # noqa: PLW0603 - one list a process
+    with _lock:
+        _outlets = (*_outlets, outlet)
+
+    def disconnect() -> None:
+        global _outlets  # noqa: PLW0603
+        with _lock:
+            _outlets = tuple(kept for kept in _outlets if kept is not outlet)
+
+    return disconnect
+
+
+def publish(
+    topic: str,
+    payload: BaseModel,
+    *,
+    tract: Tract = Tract.INTERNAL,
+    priority: int = 4,
+    evidence: Evidence = Evidence.KNOWN,
+) -> None:
+    """Tell whoever listens that something happened. What goes wrong on the way is logged, never raised."""
+    if not _outlets:
+        return
+    try:
+        message = Message(topic, payload, tract, priority, evidence)
+        for outlet in _outlets:
+            outlet(message)
+    except Exception:
+        log.exception("events.not_published", topic=topic)

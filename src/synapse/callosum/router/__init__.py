@@ -1,0 +1,1 @@
+"""The queue between senders and one handler, with two tracts and priorities."""

@@ -1,0 +1,1 @@
+"""What an engine keeps between steps: keys and values, and LoRA layers."""

@@ -1,0 +1,1 @@
+"""Quantised weights in a file that all processes map."""

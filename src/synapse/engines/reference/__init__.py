@@ -1,0 +1,1 @@
+"""The forward pass in NumPy: the specification of the native engine."""

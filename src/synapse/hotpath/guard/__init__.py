@@ -1,0 +1,1 @@
+"""What keeps a crash of a kernel from happening twice."""

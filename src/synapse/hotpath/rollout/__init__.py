@@ -1,0 +1,1 @@
+"""How a build of a kernel comes to answer calls, and who decides it."""

@@ -1,0 +1,1 @@
+"""Exact search among vectors: an index, its compact codes, and the kernel that scans them."""
