@@ -1,4 +1,4 @@
-"""Running the steps of `valkey_log.lua` on the server, and reading their answers."""
+"""Running the steps of `log.lua` on the server, and reading their answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Argument = bytes | str | int
 
 @cache
 def _script() -> tuple[str, str]:
-    text = files("synapse.callosum").joinpath("valkey_log.lua").read_text("utf-8")
+    text = files("synapse.callosum.log.valkey").joinpath("log.lua").read_text("utf-8")
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
