@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, field_validator
 from support.tiny_home import MODEL, TinyHome, build_tiny_home
 from synapse import errors
 from synapse.cli.main import main
-from synapse.commands import Argument, Context, Group, command, registry
+from synapse.commands import Argument, Call, Context, Group, command, registry
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ def sample_group(monkeypatch: pytest.MonkeyPatch) -> None:
         raise kind("it is\nnot right\x1b[31m", hint="mend it")
 
     @command("sample/work", permission="read")
-    async def work(params: Nothing, context: Context) -> Nothing:
+    async def work(params: Nothing, context: Context, call: Call) -> Nothing:
         """Report progress."""
         for done in range(5):
-            context.progress("working", done, 4)
-        context.progress("counting", 7, None)
+            call.progress("working", done, 4)
+        call.progress("counting", 7, None)
         return Nothing()

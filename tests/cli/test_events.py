@@ -16,7 +16,7 @@ import pytest
 from synapse.callosum.log.opening import LOG_FILE, connect_log
 from synapse.callosum.message import Message, Tract
 from synapse.callosum.payloads import Untyped
-from synapse.cli.tail import time_of
+from synapse.callosum.tail import time_of
 from synapse.config import load_settings
 from synapse.errors import InvalidInput
 

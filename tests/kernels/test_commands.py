@@ -13,11 +13,12 @@ import pytest
 
 from support.pattern_kernel import kernel_build
 from support.tiny_kernel import compile_tiny
-from synapse.commands import Context, find_command
+from synapse.commands import Call, Context, find_command
 from synapse.config import Settings
 from synapse.errors import InvalidInput, NotFound
 from synapse.kernels import cache as kernels
 from synapse.kernels.cache import KernelRefused
+from synapse.kernels.commands import BuildKernels
 
 
 @pytest.fixture
@@ -80,8 +81,9 @@ async def test_progress_is_told(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path / "home")
     folder = settings.folder("kernels")
     (folder / kernel_build().path.name).write_bytes(kernel_build().path.read_bytes())
-    async with Context(settings, progress=lambda label, done, total: told.append((done, total))) as context:
-        await run("build", context, names=["pattern_search"])
+    call = Call(progress=lambda label, done, total: told.append((done, total)))
+    async with Context(settings) as context:
+        await find_command("kernels/build").run(BuildKernels(names=["pattern_search"]), context, call)
     assert told == [(0, 1), (1, 1)]
 
 

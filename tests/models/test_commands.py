@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.small_gguf import write_small_gguf
-from synapse.commands import Context, find_command, load_group
+from synapse.commands import Call, Context, find_command, load_group
 from synapse.config import Settings
 from synapse.models.commands import ListModels, ModelName, PullModel
 from synapse.models.library import ModelNotFound
@@ -59,12 +59,11 @@ async def test_a_model_is_pulled_listed_shown_and_removed(context: Context, tmp_
         await show.run(ModelName(name="mine"), context)
 
 
-async def test_a_pull_reports_to_the_contexts_listener(tmp_path: Path) -> None:
+async def test_a_pull_reports_to_who_calls(tmp_path: Path) -> None:
     source, seen = write_small_gguf(tmp_path / "source.gguf"), []
-    context = Context(
-        Settings(home=tmp_path / "home"), progress=lambda label, done, total: seen.append((label, done, total))
-    )
-    await find_command("model/pull").run(PullModel(source=str(source), name="mine"), context)
+    call = Call(progress=lambda label, done, total: seen.append((label, done, total)))
+    context = Context(Settings(home=tmp_path / "home"))
+    await find_command("model/pull").run(PullModel(source=str(source), name="mine"), context, call)
     assert seen[-1] == ("copying mine", source.stat().st_size, source.stat().st_size)
 
 

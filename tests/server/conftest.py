@@ -32,7 +32,7 @@ def live(model_home: Callable[[], Path], tmp_path_factory: pytest.TempPathFactor
     """A server with the default model and two personas: `plain`, and `noisy`, which has a layer."""
     with running(model_home()) as server:
         layer = make_layer(tmp_path_factory.mktemp("layers") / "noise")
-        server.command("layer/add", source=str(layer), name="noise")
+        server.run_inside("layer/add", source=str(layer), name="noise")
         server.command("persona/create", name="plain", system_prompt="You are brief.", temperature=0.5)
         server.command("persona/create", name="noisy", system_prompt="You are brief.", layers="noise:1.0")
         wait_until(lambda: is_ready(server), 60)

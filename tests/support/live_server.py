@@ -17,7 +17,7 @@ import numpy as np
 import openai
 from safetensors.numpy import save_file
 
-from synapse.commands import Context
+from synapse.commands import Context, find_command
 from synapse.config import Settings
 from synapse.engines import EngineHost, EngineStats, open_engines
 from synapse.server.app import create_app
@@ -53,6 +53,12 @@ class Live:
             response = client.post(f"/v1/commands/{command}", json=params)
         assert response.status_code == 200, response.text
         return response.json()
+
+    def run_inside(self, command: str, /, **params: Any) -> Any:
+        """Run a command as code of the server's process does, which may name files of this machine."""
+        found = find_command(command)
+        call = found.run(found.params.model_validate(params), self.state.context)
+        return asyncio.run_coroutine_threadsafe(call, self.loop).result(60)
 
     def stats(self) -> EngineStats:
         """The engine of the only model that is loaded."""

@@ -1,8 +1,10 @@
-"""Commands for events. Following them is `synapse events tail`, a program of the terminal, and `GET /v1/events`."""
+"""Commands for events. `GET /v1/events` streams them to a program that resumes after a lost connection."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,7 @@ from synapse.callosum.log.opening import open_log
 from synapse.callosum.log.reading import recent
 from synapse.callosum.message import Tract
 from synapse.callosum.observe.observers import BINS, Observer, Percentiles, TopicReport
+from synapse.callosum.tail import TailedEvent, TailEvents, tail_events
 from synapse.callosum.views import EventView, view_of
 from synapse.commands import Argument, Context, command
 from synapse.errors import InvalidInput
@@ -172,6 +175,14 @@ async def show_stats(params: Nothing, context: Context) -> EventStats:
         groups=[_group_row(group) for group in stats.groups],
         subscriptions=[_subscription_row(one) for one in subscriptions if one.name != OBSERVER],
     )
+
+
+@command("events/tail", permission="read")
+async def tail(params: TailEvents, context: Context) -> AsyncIterator[TailedEvent]:
+    """Stream the newest events of this home, whichever process they come from."""
+    async with aclosing(tail_events(params, context)) as events:
+        async for event in events:
+            yield event
 
 
 @command("events/dead", permission="read")

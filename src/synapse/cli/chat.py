@@ -16,7 +16,7 @@ from synapse.cli.chat_session import ChatSession
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.progress import TerminalProgress
 from synapse.cli.text import left_out_notice, style_of, tell, write_answer
-from synapse.commands import Context
+from synapse.commands import Context, Progress
 from synapse.config import load_settings
 from synapse.engines import open_engines
 from synapse.errors import InvalidInput, TooLarge
@@ -85,10 +85,10 @@ def run_chat(request: ChatRequest) -> None:
     with asyncio.Runner() as runner, TerminalProgress() as progress:
         open_now = AsyncExitStack()
         try:
-            context = runner.run(open_now.enter_async_context(Context(load_settings(), progress=progress)))
+            context = runner.run(open_now.enter_async_context(Context(load_settings())))
             events = runner.run(open_now.enter_async_context(recording(context)))
             persona, conversation = runner.run(_opened(context, request))
-            runner.run(_warm_up(context, persona))
+            runner.run(_warm_up(context, persona, progress))
             progress.close()
             ChatSession(runner, context, events, persona, conversation, sampling=request.sampling).run()
         finally:
@@ -114,9 +114,9 @@ async def _opened(context: Context, request: ChatRequest) -> tuple[Persona, Conv
     return persona, await latest_conversation(store, persona) if request.resume else None
 
 
-async def _warm_up(context: Context, persona: Persona) -> None:
+async def _warm_up(context: Context, persona: Persona, progress: Progress) -> None:
     """Load the model before the first message is typed, so that the first answer is as quick as the others."""
-    await ensure_base_model(context, persona.base_model, tell)
+    await ensure_base_model(context, persona.base_model, tell, progress)
     style = style_of(sys.stderr)
     shown = sys.stderr.isatty()
     if shown:
@@ -128,9 +128,9 @@ async def _warm_up(context: Context, persona: Persona) -> None:
 
 async def _one_answer(request: ChatRequest, message: str) -> None:
     with TerminalProgress(quiet=request.as_json) as progress:
-        async with Context(load_settings(), progress=progress) as context, recording(context):
+        async with Context(load_settings()) as context, recording(context):
             persona, conversation = await _opened(context, request)
-            await ensure_base_model(context, persona.base_model, None if request.as_json else tell)
+            await ensure_base_model(context, persona.base_model, None if request.as_json else tell, progress)
             progress.close()
             if conversation is None:
                 if not message.strip():

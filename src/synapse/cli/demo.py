@@ -84,9 +84,9 @@ def run_demo(*, as_json: bool) -> None:
 async def _demo(as_json: bool) -> DemoResult:
     starters = load_starters()
     with TerminalProgress(quiet=as_json) as progress:
-        async with Context(load_settings(), progress=progress) as context, recording(context):
+        async with Context(load_settings()) as context, recording(context):
             model = context.settings.default_model
-            await ensure_base_model(context, model, None if as_json else tell)
+            await ensure_base_model(context, model, None if as_json else tell, progress)
             progress.close()
             if not as_json:
                 tell(f"loading {model} and making {len(starters.personas)} personas …")

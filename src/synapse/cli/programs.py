@@ -94,11 +94,9 @@ def tail(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:
     """Print the newest events of this home, whichever process they come from."""
-    from synapse.cli.tail import TailRequest, run_tail
+    from synapse.cli.tail import run_tail
 
-    if lines is None and since is None:
-        lines = 20
-    run_tail(TailRequest(pattern, lines, since, follow, as_json))
+    run_tail({"pattern": pattern, "since": since, "lines": lines, "follow": follow}, as_json=as_json)
 
 
 PROGRAMS = (chat, demo, up, version)

@@ -19,7 +19,7 @@ BYTES_FROM = 1 << 16  # totals above this are bytes of a file; below, they are i
 
 
 class TerminalProgress:
-    """The listener that a command's `context.progress` calls, from any thread.
+    """The listener that a command's `call.progress` calls, from any thread.
 
     The bar appears with the first report and disappears when the work is done, so quick commands show nothing.
     """

@@ -13,7 +13,7 @@ from synapse.cli.logs import log_to_stderr
 from synapse.cli.options import read_params
 from synapse.cli.output import show_result
 from synapse.cli.progress import TerminalProgress
-from synapse.commands import Command, Context
+from synapse.commands import Call, Command, Context
 from synapse.config import load_settings
 
 
@@ -26,10 +26,10 @@ def run_command(command: Command, values: Mapping[str, Any], *, as_json: bool) -
     log_to_stderr()
     params = read_params(command.params, values)
     with TerminalProgress(quiet=as_json) as progress:
-        result = asyncio.run(_run(command, params, progress))
+        result = asyncio.run(_run(command, params, Call("terminal", progress=progress)))
     show_result(result, as_json=as_json)
 
 
-async def _run(command: Command, params: BaseModel, progress: TerminalProgress) -> BaseModel:
-    async with Context(load_settings(), progress=progress) as context, recording(context):
-        return await command.run(params, context)
+async def _run(command: Command, params: BaseModel, call: Call) -> BaseModel:
+    async with Context(load_settings()) as context, recording(context):
+        return await command.run(params, context, call)

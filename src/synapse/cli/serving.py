@@ -27,5 +27,5 @@ def run_up(host: str | None, port: int | None, *, as_json: bool) -> None:
 
 async def _fetch(settings: Settings, as_json: bool) -> None:
     with TerminalProgress(quiet=as_json) as progress:
-        async with Context(settings, progress=progress) as context, recording(context):
-            await ensure_base_model(context, settings.default_model, None if as_json else tell)
+        async with Context(settings) as context, recording(context):
+            await ensure_base_model(context, settings.default_model, None if as_json else tell, progress)

@@ -6,21 +6,11 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 from synapse.config import Settings
 
 T = TypeVar("T")
-
-
-class Progress(Protocol):
-    """Told how far a long piece of work is; a surface shows it or ignores it."""
-
-    def __call__(self, label: str, done: int, total: int | None) -> None: ...
-
-
-def no_progress(label: str, done: int, total: int | None) -> None:
-    """The listener of a surface that shows no progress."""
 
 
 class Context:
@@ -36,9 +26,8 @@ class Context:
     Resources close in the reverse of the order they were opened in, so an opener may use other openers.
     """
 
-    def __init__(self, settings: Settings, *, progress: Progress = no_progress) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.progress = progress
         self._stack = AsyncExitStack()
         self._opened: dict[Callable[..., Any], asyncio.Future[Any]] = {}
 

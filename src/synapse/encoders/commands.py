@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from synapse.commands import Argument, Context, command
+from synapse.commands import Argument, Context, LocalPath, command, looks_like_path
 from synapse.encoders.host import EncoderRunner, open_encoders
 
 MAX_TEXTS = 2048
@@ -19,7 +19,7 @@ class CreateEmbeddings(BaseModel):
     """Which texts."""
 
     texts: Annotated[Texts, Argument()] = Field(description="one text or several")
-    model: str | None = Field(None, description=MODEL)
+    model: Annotated[str | None, LocalPath(looks_like_path)] = Field(None, description=MODEL)
 
 
 class CompareTexts(BaseModel):
@@ -27,7 +27,7 @@ class CompareTexts(BaseModel):
 
     text: Annotated[str, Argument()] = Field(description="the text that the others are compared with")
     others: Annotated[Texts, Argument()] = Field(description="one text or several")
-    model: str | None = Field(None, description=MODEL)
+    model: Annotated[str | None, LocalPath(looks_like_path)] = Field(None, description=MODEL)
 
 
 class Embedding(BaseModel):

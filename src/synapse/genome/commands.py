@@ -8,14 +8,14 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from synapse.commands import Argument, Context, command
+from synapse.commands import IN_PROCESS, Argument, Call, Context, LocalPath, command, looks_like_path
 from synapse.errors import InvalidInput, NotFound
 from synapse.genome.cards import parse_card
 from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference, TraitType, genomes_with
 from synapse.genome.events import publish_genome
 from synapse.genome.notation import NOTATION, parse_layers
 from synapse.genome.registry import LayerRegistry, open_layers
-from synapse.genome.sources import STARTER, STARTERS, starter_names
+from synapse.genome.sources import STARTER, STARTERS, is_folder, starter_names
 from synapse.models.adapter import LAYER_FILES
 from synapse.store import Store, build, open_store
 
@@ -23,11 +23,13 @@ from synapse.store import Store, build, open_store
 class AddLayer(BaseModel):
     """Where a layer comes from, and what it is called here."""
 
-    source: Annotated[str, Argument()] = Field(
+    source: Annotated[str, Argument(), LocalPath(is_folder)] = Field(
         description="a folder that PEFT saved, hf:ORG/REPO[@REVISION], or starter:NAME"
     )
     name: str | None = Field(None, description="what to call it; by default the last part of the source")
-    base_model: str | None = Field(None, description="the model it was trained on; by default the default model")
+    base_model: Annotated[str | None, LocalPath(looks_like_path)] = Field(
+        None, description="the model it was trained on; by default the default model"
+    )
     trait: TraitType = Field(TraitType.domain_expertise, description="which side of a persona it shapes")
     description: str | None = Field(None, description="what it does; by default the first words of its model card")
     tags: list[str] = Field(default_factory=list, description="words to find it by")
@@ -42,7 +44,9 @@ class OneLayer(BaseModel):
 class ExportLayer(OneLayer):
     """Which layer, and where to."""
 
-    folder: Annotated[Path, Argument()] = Field(description="a folder that does not exist yet, or is empty")
+    folder: Annotated[Path, Argument(), LocalPath()] = Field(
+        description="a folder that does not exist yet, or is empty"
+    )
 
 
 class Nothing(BaseModel):
@@ -116,7 +120,9 @@ class CreateGenome(BaseModel):
 
     name: Annotated[str, Argument()] = Field(description="what to call it")
     layers: str = Field("", description=NOTATION)
-    base_model: str | None = Field(None, description="the model it is for; by default that of its layers")
+    base_model: Annotated[str | None, LocalPath(looks_like_path)] = Field(
+        None, description="the model it is for; by default that of its layers"
+    )
 
 
 class OneGenome(BaseModel):
@@ -168,7 +174,7 @@ class GenomeList(BaseModel):
 
 
 @command("layer/add", permission="manage")
-async def add_layer(params: AddLayer, context: Context) -> LayerInfo:
+async def add_layer(params: AddLayer, context: Context, call: Call = IN_PROCESS) -> LayerInfo:
     """Add a LoRA layer from a folder, from the Hugging Face hub, or of those that ship with Synapse.
 
     The layer is checked first: only plain LoRA in safetensors whose shapes fit the base model is taken.
@@ -182,7 +188,7 @@ async def add_layer(params: AddLayer, context: Context) -> LayerInfo:
         trait_type=params.trait,
         description=params.description,
         tags=params.tags,
-        progress=context.progress,
+        progress=call.progress,
     )
     return await _layer_info(context, layer)
 

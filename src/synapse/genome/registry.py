@@ -18,8 +18,7 @@ from pathlib import Path
 
 from filelock import AsyncFileLock, Timeout
 
-from synapse.commands import Context, Progress
-from synapse.commands.context import no_progress
+from synapse.commands import Context, Progress, no_progress
 from synapse.config import PRIVATE_FOLDER
 from synapse.errors import Conflict, Corrupt, InvalidInput, NotFound, Overloaded, Unavailable
 from synapse.genome.cards import CARD_FILE

@@ -55,6 +55,11 @@ class LayerFiles:
         return parse_card(self.readme or b"")
 
 
+def is_folder(source: str) -> bool:
+    """Whether a source is a folder of this machine."""
+    return not source.startswith((STARTER, HUB))
+
+
 def starter_names() -> list[str]:
     """The layers that ship with the package."""
     return sorted(path.name for path in STARTERS.iterdir() if path.is_dir()) if STARTERS.is_dir() else []

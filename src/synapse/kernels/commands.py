@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from synapse.commands import Argument, Context, command
+from synapse.commands import IN_PROCESS, Argument, Call, Context, LocalPath, command
 from synapse.config import Settings
 from synapse.errors import InvalidInput, NotFound
 from synapse.kernels.cache import (
@@ -29,9 +29,14 @@ class BuildKernels(BaseModel):
 
     names: Annotated[list[str], Argument()] = Field(default=[], description="kernels; all of them when none is named")
     strict: bool = Field(False, description="compile also what is built, and count a warning as an error")
-    standalone: str | None = Field(None, description="instead, make a program of its own from this kernel")
-    cpu: str | None = Field(None, description="instead, build libraries for another CPU, such as x86-64-v3")
-    output: Path | None = Field(
+    # Without an output, the next two write into the folder that Synapse was started in.
+    standalone: Annotated[str | None, LocalPath()] = Field(
+        None, description="instead, make a program of its own from this kernel"
+    )
+    cpu: Annotated[str | None, LocalPath()] = Field(
+        None, description="instead, build libraries for another CPU, such as x86-64-v3"
+    )
+    output: Annotated[Path | None, LocalPath()] = Field(
         None, description="the file of --standalone (by default its name, here), or the folder of --cpu"
     )
 
@@ -63,7 +68,7 @@ class KernelRows(BaseModel):
 
 
 @command("kernels/build", permission="manage")
-async def build(params: BuildKernels, context: Context) -> KernelRows:
+async def build(params: BuildKernels, context: Context, call: Call = IN_PROCESS) -> KernelRows:
     """Compile the native kernels for this CPU, check them, and keep them.
 
     What is built already is left alone. Needs the Mojo compiler: pip install 'synapse[native]'.
@@ -80,7 +85,7 @@ async def build(params: BuildKernels, context: Context) -> KernelRows:
     specs = _specs(params.names)
     folder = context.settings.folder(FOLDER)
     done = 0
-    context.progress("building kernels", done, len(specs))
+    call.progress("building kernels", done, len(specs))
 
     async def one(spec: KernelSpec) -> KernelBuild:
         nonlocal done
@@ -89,7 +94,7 @@ async def build(params: BuildKernels, context: Context) -> KernelRows:
         else:
             made = await asyncio.to_thread(build_kernel, spec, folder, strict=params.strict)
         done += 1
-        context.progress("building kernels", done, len(specs))
+        call.progress("building kernels", done, len(specs))
         return made
 
     builds = await asyncio.gather(*(one(spec) for spec in specs))

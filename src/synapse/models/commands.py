@@ -8,16 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from synapse.commands import Argument, Context, command
+from synapse.commands import IN_PROCESS, Argument, Call, Context, LocalPath, command
 from synapse.models.library import open_library
-from synapse.models.manifest import ModelKind
+from synapse.models.manifest import ModelKind, is_local
 from synapse.models.record import LibraryModel
 
 
 class PullModel(BaseModel):
     """What to pull."""
 
-    source: Annotated[str, Argument()] = Field(
+    source: Annotated[str, Argument(), LocalPath(is_local)] = Field(
         description="a known name, hf:ORGANISATION/REPOSITORY/FILE.gguf or the path of a GGUF file; for an encoder"
         " hf:ORGANISATION/REPOSITORY or the path of a folder"
     )
@@ -79,10 +79,10 @@ class RemovedModel(BaseModel):
 
 
 @command("model/pull", permission="manage")
-async def pull_model(params: PullModel, context: Context) -> ModelInfo:
+async def pull_model(params: PullModel, context: Context, call: Call = IN_PROCESS) -> ModelInfo:
     """Fetch a model, check it and keep it; nothing happens when it is here already."""
     library = await context.get(open_library)
-    return _info(await library.pull(params.source, context.progress, name=params.name))
+    return _info(await library.pull(params.source, call.progress, name=params.name))
 
 
 @command("model/list", permission="read")

@@ -18,8 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from synapse.callosum.publish.publishing import publish
-from synapse.commands import Context, Progress
-from synapse.commands.context import no_progress
+from synapse.commands import Context, Progress, no_progress
 from synapse.errors import Conflict, NotFound, SynapseError, Unavailable
 from synapse.models.encoder_file import open_encoder_file
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
@@ -360,4 +359,4 @@ def _fetch_checked(
 @asynccontextmanager
 async def open_library(context: Context) -> AsyncIterator[ModelLibrary]:
     """The library in the home folder; its pulls report to the context's listener."""
-    yield ModelLibrary(context.settings.folder("models"), context.progress)
+    yield ModelLibrary(context.settings.folder("models"))

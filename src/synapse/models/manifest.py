@@ -222,6 +222,11 @@ def parse_source(text: str) -> Place | None:
     return None
 
 
+def is_local(source: str) -> bool:
+    """Whether a source is a file or a folder of this machine."""
+    return isinstance(parse_source(source), LocalFile | LocalFolder)
+
+
 def name_of(source: Place) -> str:
     """A model's name from its file's or folder's, when the user gives none."""
     match source:

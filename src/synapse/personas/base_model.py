@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from synapse.commands import Context
+from synapse.commands import Context, Progress, no_progress
 from synapse.errors import NotFound
 from synapse.models.library import open_library
 
 
-async def ensure_base_model(context: Context, name: str, tell: Callable[[str], None] | None = None) -> None:
+async def ensure_base_model(
+    context: Context, name: str, tell: Callable[[str], None] | None = None, progress: Progress = no_progress
+) -> None:
     """Make sure that a base model is here. The default model is fetched, after saying so; others are not.
 
     Raises:
@@ -24,4 +26,4 @@ async def ensure_base_model(context: Context, name: str, tell: Callable[[str], N
             raise
         if tell is not None:
             tell(f"the model {name} is not here yet; fetching it once …")
-        await library.pull(name, context.progress)
+        await library.pull(name, progress)

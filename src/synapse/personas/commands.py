@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from synapse.commands import Argument, Context, command
+from synapse.commands import Argument, Context, LocalPath, command, looks_like_path
 from synapse.errors import Conflict, InvalidInput
 from synapse.genome.commands import GenomeInfo, OneGenome, find_genome, show_genome
 from synapse.genome.entities import Genome
@@ -36,7 +36,9 @@ class PersonaChoices(BaseModel):
     system_prompt: str | None = Field(
         None, max_length=MAX_PROMPT_LENGTH, description="what it is told before it answers"
     )
-    model: str | None = Field(None, min_length=1, max_length=256, description="name of the base model")
+    model: Annotated[str | None, LocalPath(looks_like_path)] = Field(
+        None, min_length=1, max_length=256, description="name of the base model"
+    )
     genome: str | None = Field(None, description="name or id of the genome it wears")
     layers: str | None = Field(None, description=f"its layers: {NOTATION}")
 

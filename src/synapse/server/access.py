@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-from synapse.server.errors import BadKey, LacksPermission, NotLocal
+from synapse.commands import require
+from synapse.server.errors import BadKey, NotLocal
 from synapse.server.keys import KeyPermission, any_key_exists, find_key, note_use
 from synapse.store import Store
 
 Needs = Literal["chat", "read", "manage", "any"]
 
 MAKE_A_KEY = "`synapse key create NAME` makes a key"
+PROXY_HEADERS = ("forwarded", "x-forwarded-", "x-real-ip", "via")
+"""What the names of headers begin with that a proxy adds (RFC 7239, RFC 9110 section 7.6.3, and common use)."""
 ALL: tuple[KeyPermission, ...] = ("chat", "read", "manage")
 
 
@@ -27,11 +29,14 @@ class Caller:
     key: str | None
     permissions: frozenset[KeyPermission]
 
-    def may(self, needs: Needs) -> bool:
-        """Whether the caller may do what needs this permission. `manage` includes `read`, but not `chat`."""
-        if needs == "any":
-            return bool(self.permissions)
-        return needs in self.permissions or (needs == "read" and "manage" in self.permissions)
+    def require(self, needs: Needs) -> None:
+        """Refuse a caller who lacks a permission; `any` is any of them.
+
+        Raises:
+            LacksPermission: says what is held and what is needed.
+        """
+        if not (needs == "any" and self.permissions):
+            require(self.permissions, needs, self.key)
 
 
 async def authorize(request: Request, store: Store, needs: Needs) -> Caller:
@@ -39,7 +44,8 @@ async def authorize(request: Request, store: Store, needs: Needs) -> Caller:
 
     Raises:
         BadKey: keys exist and the request carries none, or a wrong or revoked one.
-        NotLocal: no keys exist and the request does not come from this machine, or from another site's web page.
+        NotLocal: no keys exist and the request does not come from this machine, or by way of a proxy or of another
+            site's web page.
         LacksPermission: the key does not hold the permission.
     """
     if not await any_key_exists(store):
@@ -52,17 +58,13 @@ async def authorize(request: Request, store: Store, needs: Needs) -> Caller:
     if key is None:
         raise BadKey("the API key is unknown or was revoked", hint=MAKE_A_KEY)
     caller = Caller(key.name, frozenset(key.permissions))
-    if not caller.may(needs):
-        raise LacksPermission(
-            f"the API key {key.name!r} holds {_listed(key.permissions)}; this needs {needs}",
-            hint=f"`synapse key create NAME --permissions {needs}` makes one that may",
-        )
+    caller.require(needs)
     await note_use(store, key)
     return caller
 
 
 def check_local(request: Request) -> None:
-    """Check that a request comes from this machine, and not by way of a web page of another site.
+    """Check that a request comes from this machine, and not by way of a proxy or of a web page of another site.
 
     A page can make a browser on this machine send requests here. Its `Origin` gives it away, and when it had its own
     name point to this machine (DNS rebinding) the `Host` does.
@@ -76,6 +78,8 @@ def check_local(request: Request) -> None:
     hosts = request.headers.getlist("host")
     if len(hosts) != 1 or not is_loopback(host_of(f"//{hosts[0]}")):
         raise NotLocal("without an API key the Host must be a loopback name, such as localhost", hint=hint)
+    if any(name.startswith(PROXY_HEADERS) for name in request.headers):
+        raise NotLocal("without an API key no request may come by way of a proxy, which hides who asks", hint=hint)
     if any(not is_loopback(host_of(origin)) for origin in request.headers.getlist("origin")):
         raise NotLocal("without an API key web pages of other sites may not ask", hint=hint)
 
@@ -98,7 +102,3 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
-
-
-def _listed(permissions: Sequence[str]) -> str:
-    return ", ".join(permissions) or "no permissions"

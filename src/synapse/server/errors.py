@@ -38,12 +38,6 @@ class BadKey(errors.Unauthorized):
     code = "invalid_api_key"
 
 
-class LacksPermission(errors.Forbidden):
-    """A valid API key without the permission that the route asks for."""
-
-    code = "insufficient_permissions"
-
-
 class NotLocal(errors.Forbidden):
     """Without API keys only this machine may ask, and not a web page of another site that it shows."""
 

@@ -107,5 +107,10 @@ def named_event(id_: str, name: str, body: str) -> bytes:
     return f"id: {id_}\nevent: {name}\ndata: {body}\n\n".encode()
 
 
+def plain_event(name: str, body: str) -> bytes:
+    """An event without an id. Neither has a line break."""
+    return f"event: {name}\ndata: {body}\n\n".encode()
+
+
 async def _send_part(send: Send, body: bytes, *, last: bool = False) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": not last})

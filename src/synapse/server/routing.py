@@ -65,7 +65,7 @@ def guarded(needs: Needs) -> type[APIRoute]:
 
             async def checked(request: Request) -> Response:
                 state: ServerState = request.app.state.server
-                await authorize(request, await state.context.get(open_store), needs)
+                request.state.caller = await authorize(request, await state.context.get(open_store), needs)
                 inner = CheckedRequest(request.scope, request.receive)
                 if request.method == "POST":
                     require_json(request)

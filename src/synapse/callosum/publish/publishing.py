@@ -13,6 +13,7 @@ import structlog
 from pydantic import BaseModel
 
 from synapse.callosum.message import Message, Tract
+from synapse.commands.call import current_call
 from synapse.evidence import Evidence
 
 log: structlog.stdlib.BoundLogger = structlog.wrap_logger(logging.getLogger("synapse.callosum"))
@@ -46,11 +47,15 @@ def publish(
     priority: int = 4,
     evidence: Evidence = Evidence.KNOWN,
 ) -> None:
-    """Tell whoever listens that something happened. What goes wrong on the way is logged, never raised."""
+    """Tell whoever listens that something happened. What goes wrong on the way is logged, never raised.
+
+    What happens while a call of a command is carried out carries the trace of that call.
+    """
     if not _outlets:
         return
     try:
-        message = Message(topic, payload, tract, priority, evidence)
+        call = current_call()
+        message = Message(topic, payload, tract, priority, evidence, trace=None if call is None else call.trace)
         for outlet in _outlets:
             outlet(message)
     except Exception:
