@@ -62,10 +62,14 @@ class Neighbours:
             return 0.0
         ticks = [int(field) for field in STAT.read_text().split("\n", 1)[0].split()[1:]]
         busy = sum(ticks[:GUEST]) - ticks[IDLE] - ticks[IOWAIT]
-        return busy / os.sysconf("SC_CLK_TCK") - time.process_time() - sum(map(_seconds_of, self.ours))
+        return busy / os.sysconf("SC_CLK_TCK") - time.process_time() - sum(map(cpu_seconds, self.ours))
 
 
-def _seconds_of(process: int) -> float:
-    """CPU time of a running process."""
+def cpu_seconds(process: int) -> float:
+    """CPU time of a running process, of the children it has waited for, and of those that still run."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ticks = sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime
+    running = [
+        int(child) for tasks in Path(f"/proc/{process}/task").glob("*/children") for child in tasks.read_text().split()
+    ]
+    return ticks / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, running))
