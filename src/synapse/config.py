@@ -63,7 +63,14 @@ class Settings(BaseSettings):
     )
     max_context: int = Field(8192, ge=16, description="longest sequence, in tokens; never more than the model's own")
     max_batch: int = Field(16, ge=1, description="sequences that share one step")
-    kv_cache_tokens: int = Field(0, ge=0, description="tokens the KV cache holds; 0 means one sequence of max_context")
+    kv_cache_tokens: int = Field(
+        0, ge=0, description="tokens the KV cache holds; 0 means as kv_cache_bytes has room for"
+    )
+    kv_cache_bytes: int = Field(
+        2**30,
+        ge=2**20,
+        description="memory the KV cache may fill per model; never more than an eighth of the machine's",
+    )
     max_layers: int = Field(20, ge=1, description="LoRA layers kept in memory per model")
     max_layer_bytes: int = Field(500 * 2**20, ge=2**20, description="bytes of LoRA layers kept in memory per model")
 

@@ -153,10 +153,11 @@ async def test_a_defect_in_choosing_ends_only_the_sequence_it_struck(
 
 async def test_logits_that_are_not_finite_end_only_their_own_request(runner: EngineRunner, tmp_path: Path) -> None:
     folder = random_adapter(tmp_path / "layer", runner.engine.config, rank=4, seed=0)
-    layer = runner.engine.layers.read(folder)
+    loaded = runner.engine.layers.read(folder)
+    layer = loaded.layer
     for _, B in layer.factors.values():
         B[:] = np.float32(3e38)
-    await runner.call(lambda: runner.engine.put_layer(folder, layer))
+    await runner.call(lambda: runner.engine.put_layer(loaded))
     sane = asyncio.create_task(text_of(runner, Request((5,), max_tokens=50, ignore_eos=True)))
     with pytest.raises(InternalError, match="not finite"):
         await text_of(runner, Request((5,), ((layer.id, 1.0),), max_tokens=5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,19 +17,30 @@ from threadpoolctl import threadpool_limits
 
 from synapse.config import load_settings
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
-from synapse.engines.cache.layers import LayerCache
+from synapse.engines.cache.layers import LayerCache, LoadedLayer
+from synapse.engines.cache.memory import default_cache_tokens
 from synapse.engines.grammar import Constraint, Grammars
 from synapse.engines.native.layers import Precision
 from synapse.engines.native.model import cores
 from synapse.engines.native.packed.file import Quantisation
 from synapse.engines.native.transformer import open_native, prepare_native
-from synapse.engines.reference.lora import Layer, Stack
+from synapse.engines.reference.lora import Stack
 from synapse.engines.reference.transformer import Chunk, ReferenceTransformer, StepLogits, Transformer
 from synapse.engines.reference.weights import load_weights
-from synapse.engines.request import Delta, Event, Finished, FinishReason, Grammar, Request, TokenLogprob
+from synapse.engines.request import (
+    HIGHEST_PRIORITY,
+    DeadlineExceeded,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Grammar,
+    Request,
+    TokenLogprob,
+)
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
 from synapse.engines.scheduler import Scheduler
-from synapse.engines.sequence import Sequence
+from synapse.engines.sequence import Reason, Sequence
 from synapse.errors import InternalError, InvalidInput, SynapseError, Unavailable
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig
@@ -42,6 +54,11 @@ LOGITS_CHUNK = 256
 """Tokens computed at once by `Engine.logits`."""
 GRAMMAR_TOKENS = 1024
 """Longest answer under a grammar when the request says nothing: a string that a model goes on with has no other end."""
+WAITED_FOR: dict[Reason, str] = {
+    "place": "a place in the batch",
+    "layers": "its layers to be read",
+    "prefix": "another request that computes the same prompt",
+}
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 
@@ -59,7 +76,9 @@ class Limits:
     Attributes:
         max_context: longest sequence, in tokens; the model's own context when that is shorter.
         max_batch: sequences that share one step.
-        kv_cache_tokens: tokens the KV cache holds; 0 means one sequence of the longest length.
+        kv_cache_tokens: tokens the KV cache holds; 0 means as many as `kv_cache_bytes` and an eighth of the machine's
+            memory have room for, but at least one sequence of the longest length. Memory is taken as they fill.
+        kv_cache_bytes: see `kv_cache_tokens`.
         step_tokens: tokens computed in one step, over all sequences.
         max_layers, max_layer_bytes: layers kept in memory; the least recently used that no sequence needs goes first.
         threads: threads that compute; 0 means one per core for the kernel, and one per core but one for the reference:
@@ -72,6 +91,7 @@ class Limits:
     max_context: int = 8192
     max_batch: int = 16
     kv_cache_tokens: int = 0
+    kv_cache_bytes: int = 2**30
     step_tokens: int = 256
     max_layers: int = 20
     max_layer_bytes: int = 500 * 2**20
@@ -82,19 +102,34 @@ class Limits:
 
 @dataclass(slots=True)
 class Counters:
-    """What an engine has done since it was opened."""
+    """What an engine has done since it was opened.
+
+    Attributes:
+        prompt_tokens: of the prompts that have started; `cached_tokens` of them were found in the KV cache.
+        evicted_blocks: blocks of the KV cache whose contents gave way to others.
+        preemptions: how often a sequence gave its place back and waited again.
+    """
 
     steps: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
     requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    evicted_blocks: int = 0
+    preemptions: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """The part of the prompts' tokens that did not have to be computed."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class Engine:
     """One base model and everything that is being generated with it.
 
     Not thread safe: one thread calls `add`, `step` and `cancel` (`EngineRunner` is that thread for asyncio).
-    `compile_grammar`, `layers.read` and `layers.known` may run beside it.
+    `compile_grammar` and what `LayerCache` says of its own may run beside it.
     """
 
     def __init__(
@@ -112,11 +147,18 @@ class Engine:
         self.context = transformer.context
         self.weight_bytes = transformer.weight_bytes
         self._transformer = transformer
-        self._pool = BlockPool(-(-max(limits.kv_cache_tokens, self.context) // BLOCK_TOKENS))
+        tokens = limits.kv_cache_tokens or default_cache_tokens(
+            transformer.kv_token_bytes, limits.kv_cache_bytes, context=self.context, max_batch=limits.max_batch
+        )
+        self._pool = BlockPool(-(-max(tokens, self.context) // BLOCK_TOKENS))
         self._cache = transformer.new_cache(self._pool.blocks)
-        self._scheduler = Scheduler(self._pool, max_batch=limits.max_batch, step_tokens=limits.step_tokens)
+        self._scheduler = Scheduler(
+            self._pool, max_batch=limits.max_batch, step_tokens=limits.step_tokens, copy=self._cache.copy
+        )
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Event] = []
+        self._stalled = False
+        self._wanted: set[str] = set()
         self._ids = itertools.count(1)
         names = (name,) if name else ()
         self.layers = LayerCache(
@@ -142,18 +184,21 @@ class Engine:
             InvalidInput: a token, a sampling setting, a stop string or the grammar does not make sense.
         """
         limit = self._check(request)
-        stack = self._stack(request.layers)
+        check_stack(request.layers)
+        for layer_id, _ in request.layers:
+            self.layers.get(layer_id)
         constraint = self.compile_grammar(request.grammar) if request.grammar else None
         seq = Sequence(
             f"r{next(self._ids)}",
             request,
-            stack=stack,
+            arrived=time.monotonic(),
             limit=limit,
             vocab=self.config.vocab,
             constraint=constraint,
         )
         self._sequences[seq.id] = seq
-        self._scheduler.waiting.append(seq)
+        self._scheduler.add(seq)
+        self._stalled = False
         self.counters.requests += 1
         return seq.id
 
@@ -167,8 +212,18 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether there is anything left to do."""
         return bool(self._sequences or self._ended)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is anything to do before a layer has been read or `next_deadline` has passed."""
+        return bool(self._ended) or self.layers.has_fetched or (bool(self._sequences) and not self._stalled)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """The first deadline of those that wait."""
+        return min((d for seq in self._scheduler.waiting if (d := seq.request.deadline) is not None), default=None)
 
     @property
     def running(self) -> int:
@@ -185,18 +240,41 @@ class Engine:
         """Tokens of KV cache that sequences hold, in whole blocks."""
         return self._pool.held * BLOCK_TOKENS
 
-    def step(self) -> list[Event]:
-        """Compute one step for every running sequence, each with its own layers, and tell what came of it."""
+    @property
+    def kv_tokens_cached(self) -> int:
+        """Tokens of KV cache that no sequence holds, kept for those that begin alike, in whole blocks."""
+        return self._pool.cached * BLOCK_TOKENS
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache has room for."""
+        return self._pool.blocks * BLOCK_TOKENS
+
+    def step(self, *, block: bool = True) -> list[Event]:
+        """Compute one step for every running sequence, each with its own layers, and tell what came of it.
+
+        Args:
+            block: when all wait for layers that are being read, wait for the first, or until a deadline passes.
+        """
+        self._take_in_layers()
+        self._end_overdue()
         events, self._ended = self._ended, []
-        work = self._scheduler.schedule()
+        self._want_layers()
+        work = self._scheduler.schedule(time.monotonic())
+        self.counters.preemptions = self._scheduler.preemptions
+        self.counters.evicted_blocks = self._pool.evictions
+        self._stalled = not work
         if not work:
+            if block and not events and self._sequences:
+                deadline = self.next_deadline
+                self._take_in_layers(None if deadline is None else max(deadline - time.monotonic(), 0.001))
             return events
         chunks = [
             Chunk(
                 tokens=np.asarray(seq.tokens[seq.computed : seq.computed + count], np.intp),
                 start=seq.computed,
                 table=seq.table(),
-                stack=seq.stack,
+                stack=seq.stack or (),
                 wanted=int(count == seq.pending),
             )
             for seq, count in work.items()
@@ -205,6 +283,10 @@ class Engine:
         self.counters.steps += 1
         row = 0
         for (seq, count), chunk in zip(work.items(), chunks, strict=True):
+            if not seq.started:
+                seq.started = True
+                self.counters.prompt_tokens += len(seq.request.prompt)
+                self.counters.cached_tokens += seq.cached
             decoding = seq.generated > 0 and count == 1
             self.counters.decode_tokens += count if decoding else 0
             self.counters.prefill_tokens += 0 if decoding else count
@@ -223,6 +305,7 @@ class Engine:
 
     def close(self) -> None:
         """Give back threads and memory maps. No step may follow."""
+        self.layers.close()
         self._transformer.close()
 
     def _continue_safely(self, seq: Sequence, logits: StepLogits, row: int) -> list[Event]:
@@ -302,6 +385,8 @@ class Engine:
                     hint=f"ask for at most {self.context - prompt} tokens, or shorten the prompt",
                     param="max_tokens",
                 )
+        if not 0 <= request.priority <= HIGHEST_PRIORITY:
+            raise InvalidInput(f"the priority must lie between 0 and {HIGHEST_PRIORITY}, not {request.priority}")
         if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
             raise InvalidInput(f"logprobs must lie between 0 and {MAX_LOGPROBS}", param="top_logprobs")
         if len(request.stop) > MAX_STOP_STRINGS or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in request.stop):
@@ -335,12 +420,12 @@ class Engine:
             LayerRefused, LayerCorrupt: the folder does not hold an adapter that fits this model.
         """
         path = Path(path)
-        return self.layers.known(path) or self.put_layer(path, self.layers.read(path))
+        return self.layers.known(path) or self.put_layer(self.layers.read(path))
 
-    def put_layer(self, path: Path, layer: Layer) -> str:
-        """Keep a layer that was read (with `layers.read`, in any thread)."""
-        self.layers.put(path, layer, in_use=self._layers_in_use())
-        return layer.id
+    def put_layer(self, loaded: LoadedLayer) -> str:
+        """Keep a layer that was read (with `layers.read` or `layers.load`, in any thread)."""
+        self.layers.put(loaded, in_use=self._layers_in_use())
+        return loaded.layer.id
 
     def unload_layer(self, layer_id: str) -> None:
         """Forget a layer.
@@ -349,19 +434,58 @@ class Engine:
             LayerNotLoaded: there is no such layer.
             Conflict: a sequence that has not ended uses it.
         """
-        self.layers.forget(layer_id, in_use=self._layers_in_use())
+        self.layers.forget(layer_id, in_use={each for seq in self._scheduler for each in seq.layer_ids})
 
-    def _stack(self, layers: SequenceOf[tuple[str, float]]) -> Stack:
-        if len({layer_id for layer_id, _ in layers}) < len(layers):
-            raise InvalidInput("a layer stands in the stack twice", hint="add the two weights up")
-        for layer_id, weight in layers:
-            if not np.isfinite(weight):
-                raise InvalidInput(f"the weight of layer {layer_id} is {weight}, not a finite number")
-        in_use = self._layers_in_use() | {layer_id for layer_id, _ in layers}
-        return tuple((self.layers.get(layer_id, in_use=in_use), float(weight)) for layer_id, weight in layers)
+    def _want_layers(self) -> None:
+        """Give their layers to those that may start soon, and have the missing ones read.
+
+        Soon is: who finds a place in the batch, and others in the queue as far as their layers fit the cache beside
+        those in use. The rest let go of theirs.
+        """
+        wanted = {layer_id for seq in self._scheduler.running for layer_id in seq.layer_ids}
+        places = max(self._scheduler.places, 1)
+        for position, seq in enumerate(self._scheduler.waiting):
+            needed = wanted | seq.layer_ids
+            if position < places or needed == wanted or self.layers.fits(needed):
+                wanted = needed
+                seq.stack = seq.stack if seq.stack is not None else self._stack_in_memory(seq)
+            else:
+                seq.stack = None
+                seq.waits_for("place", time.monotonic())
+        self._wanted = wanted
+
+    def _stack_in_memory(self, seq: Sequence) -> Stack | None:
+        """The layers of a waiting sequence; None, and they are being read, if some are not there."""
+        stack = []
+        for layer_id, weight in seq.request.layers:
+            layer = self.layers.get(layer_id)
+            if layer is None:
+                self.layers.fetch(layer_id)
+            else:
+                stack.append((layer, float(weight)))
+        if len(stack) == len(seq.request.layers):
+            return tuple(stack)
+        seq.waits_for("layers", time.monotonic())
+        return None
+
+    def _take_in_layers(self, timeout: float | None = 0) -> None:
+        """Keep the layers that were read; end the requests whose layers could not be."""
+        failed = self.layers.take_fetched(in_use=self._layers_in_use(), timeout=timeout)
+        for seq in list(self._scheduler.waiting) if failed else ():
+            error = next((failed[layer_id] for layer_id, _ in seq.request.layers if layer_id in failed), None)
+            if error is not None and seq.stack is None:
+                self._ended.append(self._end(seq, "error", error))
+
+    def _end_overdue(self) -> None:
+        """End those that waited until their deadline."""
+        now = time.monotonic()
+        for seq in list(self._scheduler.waiting):
+            if seq.request.deadline is not None and seq.request.deadline <= now:
+                self._ended.append(self._end(seq, "error", overdue(seq, now)))
 
     def _layers_in_use(self) -> set[str]:
-        return {layer.id for seq in self._scheduler for layer, _ in seq.stack}
+        """The layers of those that run or may start soon."""
+        return self._wanted | {layer_id for seq in self._scheduler.running for layer_id in seq.layer_ids}
 
     # Inspection
 
@@ -383,7 +507,9 @@ class Engine:
             raise InvalidInput(f"expected at least one token, each of 0 to {self.config.vocab - 1}")
         if count > self.context:
             raise ContextOverflow(f"{count} tokens do not fit the context of {self.context}")
-        stack = self._stack(layers)
+        check_stack(layers)
+        in_use = self._layers_in_use() | {layer_id for layer_id, _ in layers}
+        stack = tuple((self.layers.read_again(layer_id, in_use=in_use), float(weight)) for layer_id, weight in layers)
         tokens = np.asarray(token_ids, np.intp)
         table = np.arange(-(-count // BLOCK_TOKENS))
         cache = self._transformer.new_cache(len(table))
@@ -394,6 +520,28 @@ class Engine:
                 [Chunk(part, start, table, stack, len(part))], cache
             ).values
         return logits
+
+
+def check_stack(layers: SequenceOf[tuple[str, float]]) -> None:
+    """Refuse a stack of layers that makes no sense."""
+    if len({layer_id for layer_id, _ in layers}) < len(layers):
+        raise InvalidInput("a layer stands in the stack twice", hint="add the two weights up")
+    for layer_id, weight in layers:
+        if not np.isfinite(weight):
+            raise InvalidInput(f"the weight of layer {layer_id} is {weight}, not a finite number")
+
+
+def overdue(seq: Sequence, now: float) -> DeadlineExceeded:
+    """What the caller of a sequence is told that has waited for too long."""
+    seq.waits_for("place", now)
+    whole = sum(seq.waited.values())
+    parts = [f"{seconds:.1f} s for {WAITED_FOR[reason]}" for reason, seconds in seq.waited.items() if seconds > 0.05]
+    return DeadlineExceeded(
+        f"the deadline passed while the request waited: {', '.join(parts) or f'{whole:.1f} s'}"
+        + (f", after {seq.generated} tokens" if seq.generated else ""),
+        hint="try again when less is going on, or give it more time or a higher priority",
+        waited={reason: round(seconds, 3) for reason, seconds in seq.waited.items()},
+    )
 
 
 def open_engine_file(

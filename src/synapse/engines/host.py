@@ -26,6 +26,7 @@ def limits_from(settings: Settings) -> Limits:
         max_context=settings.max_context,
         max_batch=settings.max_batch,
         kv_cache_tokens=settings.kv_cache_tokens,
+        kv_cache_bytes=settings.kv_cache_bytes,
         threads=settings.threads,
         max_layers=settings.max_layers,
         max_layer_bytes=settings.max_layer_bytes,

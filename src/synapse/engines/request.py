@@ -6,8 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from synapse.callosum.message import Tract
+from synapse.errors import TimedOut
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_object", "json_schema", "regex"]
+HIGHEST_PRIORITY = 10
+
+
+class DeadlineExceeded(TimedOut):
+    """The deadline of a request passed while it waited for its turn."""
+
+    code = "deadline_exceeded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,11 @@ class Request:
         stop: strings that end the answer and are not part of it, found across token borders.
         logprobs: how many alternatives to report beside each token; None reports nothing, 0 only the token itself.
         ignore_eos: go on after an end-of-text token (for benchmarks).
+        tract: external while a person waits for the answer, internal when nobody does. External requests go first, and
+            take the place of internal ones, which go on later and lose nothing.
+        priority: 0 to 10; of the requests of one tract the higher go first. Who waits rises, so that nobody starves.
+        deadline: the time of `time.monotonic()` (the same in all processes of a machine) after which nobody wants the
+            answer: a request that still waits for its turn then ends with `DeadlineExceeded`. None never does.
     """
 
     prompt: tuple[int, ...]
@@ -67,6 +82,9 @@ class Request:
     logprobs: int | None = None
     grammar: Grammar | None = None
     ignore_eos: bool = False
+    tract: Tract = Tract.EXTERNAL
+    priority: int = 5
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

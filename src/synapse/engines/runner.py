@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -25,12 +26,17 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """How busy an engine is. Tokens are counted since it was opened, KV tokens in whole blocks."""
+    """How busy an engine is. Tokens are counted since it was opened, KV tokens in whole blocks.
+
+    The KV cache has room for `kv_tokens`; sequences hold some of them, others are cached for whoever begins alike.
+    """
 
     active: int
     running: int
     waiting: int
+    kv_tokens: int
     kv_tokens_held: int
+    kv_tokens_cached: int
     layers: dict[str, int]
     counters: Counters
 
@@ -61,6 +67,7 @@ class EngineRunner:
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        engine.layers.on_fetched = self._layer_is_there
         self._thread = threading.Thread(target=self._run, name="synapse-engine", daemon=True)
         self._thread.start()
 
@@ -111,8 +118,9 @@ class EngineRunner:
         known = self.engine.layers.known(path)
         if known is not None:
             return known
-        layer = await asyncio.to_thread(self.engine.layers.read, path)
-        return await self.call(lambda: self.engine.put_layer(path, layer))
+        # Others may wait for the same folder: whoever gives up leaves the reading alone.
+        loaded = await asyncio.shield(asyncio.wrap_future(self.engine.layers.load(path)))
+        return await self.call(lambda: self.engine.put_layer(loaded))
 
     async def call(self, job: Callable[[], T]) -> T:
         """Run a function between two steps, in the engine's thread, and return (or raise) what it does."""
@@ -139,7 +147,9 @@ class EngineRunner:
             active=self._active,
             running=engine.running,
             waiting=engine.waiting,
+            kv_tokens=engine.kv_tokens,
             kv_tokens_held=engine.kv_tokens_held,
+            kv_tokens_cached=engine.kv_tokens_cached,
             layers=engine.layers.sizes(),
             counters=engine.counters,
         )
@@ -158,8 +168,9 @@ class EngineRunner:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._jobs or self._closing or self.engine.busy):
-                    self._wake.wait()
+                while not (self._jobs or self._closing or self.engine.ready):
+                    if not self._wake.wait(self._patience()):
+                        break
                 jobs, self._jobs = self._jobs, deque()
                 closing = self._closing
             for job in jobs:
@@ -171,9 +182,18 @@ class EngineRunner:
         self._fail_all(_stopped())
         self.engine.close()
 
+    def _patience(self) -> float | None:
+        """Seconds until somebody who waits has waited too long."""
+        deadline = self.engine.next_deadline
+        return None if deadline is None else max(deadline - time.monotonic(), 0.0)
+
+    def _layer_is_there(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
     def _step(self) -> None:
         try:
-            events = self.engine.step()
+            events = self.engine.step(block=False)
         except Exception as error:
             log.exception("engine step failed", active=len(self._streams))
             failed = EngineFailed(error=type(error).__name__, answers=len(self._streams))

@@ -126,24 +126,35 @@ def read_layer_files(folder: Path, *, max_bytes: int = MAX_WEIGHTS_BYTES) -> tup
 
 
 def read_adapter(
-    folder: Path, config: ModelConfig | None, *, names: Iterable[str] = (), max_bytes: int = MAX_WEIGHTS_BYTES
+    folder: Path,
+    config: ModelConfig | None,
+    *,
+    names: Iterable[str] = (),
+    max_bytes: int = MAX_WEIGHTS_BYTES,
+    sha256: str | None = None,
 ) -> Adapter:
     """Read and check the layer in `folder`; with `config` also whether it fits that base model.
 
     Args:
         names: other names of the base model, such as the one it has in the library.
         max_bytes: the largest weights file that is read; about three times as much memory is used while reading.
+        sha256: the content address, if the caller knows that the files have not changed since they were hashed.
 
     Raises:
         NotFound: there is no such folder.
         LayerRefused: it cannot be used as a layer, or not with this base model; `reason` says why. `LayerCorrupt`,
             one of them, when the files are damaged.
     """
-    return check_adapter(*read_layer_files(folder, max_bytes=max_bytes), config, names=names)
+    return check_adapter(*read_layer_files(folder, max_bytes=max_bytes), config, names=names, sha256=sha256)
 
 
 def check_adapter(
-    config_bytes: bytes, weight_bytes: bytes, config: ModelConfig | None, *, names: Iterable[str] = ()
+    config_bytes: bytes,
+    weight_bytes: bytes,
+    config: ModelConfig | None,
+    *,
+    names: Iterable[str] = (),
+    sha256: str | None = None,
 ) -> Adapter:
     """`read_adapter` for bytes that were read already."""
     said = parse_config(config_bytes)
@@ -178,7 +189,7 @@ def check_adapter(
             raise LayerCorrupt("unpaired", f"{modules[key]} has lora_{min(pair)} without lora_{lost}")
         factors[key] = LoraFactors(pair["A"], pair["B"], said.scale_of(modules[key]))
     return Adapter(
-        sha256=content_address(config_bytes, weight_bytes),
+        sha256=sha256 or content_address(config_bytes, weight_bytes),
         rank=said.rank,
         alpha=said.alpha,
         rslora=said.rslora,

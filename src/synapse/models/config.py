@@ -117,6 +117,11 @@ class ModelConfig:
     qkv_bias: bool
     qk_norm: bool
 
+    @property
+    def kv_numbers(self) -> int:
+        """How many numbers the keys and values of a token are."""
+        return 2 * self.blocks * self.kv_heads * self.head_dim
+
     def linear_shape(self, projection: str) -> tuple[int, int]:
         """(out, in) of one of `PROJECTIONS`.
 

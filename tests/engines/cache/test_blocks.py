@@ -13,35 +13,59 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool, KVCache, next_digest, root_digest
 
+ROOT = root_digest(())
+
+
+def full(number: int) -> list[int]:
+    """The tokens of a full block."""
+    return [number] * BLOCK_TOKENS
+
 
 def test_a_full_pool_gives_nothing_rather_than_a_part() -> None:
     pool = BlockPool(4)
-    assert len(pool.take(3) or []) == 3
-    assert pool.take(2) is None
+    assert len(pool.allocate(3) or []) == 3
+    assert pool.allocate(2) is None
     assert pool.available == 1
 
 
-def test_a_published_block_is_found_again_after_its_holder_left() -> None:
+def test_a_registered_block_is_found_again_after_its_holder_left() -> None:
     pool = BlockPool(2)
-    (block,) = pool.take(1) or []
-    digest = next_digest(root_digest(()), [1, 2, 3])
-    pool.publish(block, digest)
-    pool.release([block])
-    assert pool.share(digest) == block
+    (block,) = pool.allocate(1) or []
+    pool.register(block, ROOT, full(1))
+    pool.free([block])
+    assert (pool.held, pool.cached) == (0, 1)
+    assert pool.share(next_digest(ROOT, full(1))) == block
     assert pool.held == 1
 
 
-def test_kept_blocks_make_room_least_recently_used_first() -> None:
-    pool = BlockPool(2)
-    first, second = pool.take(2) or []
-    a, b = next_digest(b"", [1]), next_digest(b"", [2])
-    pool.publish(first, a)
-    pool.publish(second, b)
-    pool.release([first])
-    pool.release([second])
-    assert pool.take(1) == [first]
-    assert pool.share(a) is None
-    assert pool.share(b) == second
+def test_a_block_that_begins_alike_is_found_for_copying() -> None:
+    pool = BlockPool(4)
+    one, other, part = pool.allocate(3) or []
+    pool.register(one, ROOT, [1, 2, 3, *range(9, 38)])
+    pool.register(other, ROOT, [1, 2, 4, *range(9, 38)])
+    pool.register(part, ROOT, [1, 2, 4, 5])
+    assert pool.share_part(ROOT, [1, 2, 3, 4]) == (one, 3)
+    assert pool.share_part(ROOT, [1, 2, 4, 5, 6]) == (part, 4)
+    assert pool.share_part(ROOT, [2, 2]) is None
+    assert pool.share_part(next_digest(ROOT, full(1)), [1, 2]) is None
+    assert [pool.ref_count[block] for block in (one, other, part)] == [2, 1, 2]
+
+
+def test_cached_blocks_make_room_least_recently_used_first_and_of_a_sequence_the_tail() -> None:
+    pool = BlockPool(4)
+    shared, first, second = pool.allocate(3) or []
+    pool.register(shared, ROOT, full(1))
+    parent = next_digest(ROOT, full(1))
+    pool.register(first, parent, full(2))
+    pool.register(second, parent, full(3))
+    assert pool.share(parent) == shared
+    pool.free([shared, first])
+    pool.free([shared, second])
+    assert pool.allocate(3) == [3, first, second]
+    assert parent in pool
+    assert pool.allocate(1) == [shared]
+    assert parent not in pool
+    assert pool.evictions == 3
 
 
 def test_different_layers_weights_or_tokens_never_share() -> None:
@@ -92,49 +116,57 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(6)
         self.holds: list[int] = []
-        self.contents: dict[int, bytes] = {}
-        self.digests = [bytes([n]) * 32 for n in range(8)]
+        self.contents: dict[int, list[int]] = {}
 
     @rule(count=st.integers(0, 7))
-    def take(self, count: int) -> None:
+    def allocate(self, count: int) -> None:
         free = 6 - len(set(self.holds))
-        taken = self.pool.take(count)
-        assert (taken is None) == (count > free)
-        for block in taken or []:
+        allocated = self.pool.allocate(count)
+        assert (allocated is None) == (count > free)
+        for block in allocated or []:
             assert block not in self.holds
             self.contents.pop(block, None)
             self.holds.append(block)
 
     @precondition(lambda self: self.holds)
     @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
+    def free(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from(self.holds))
         self.holds.remove(block)
-        self.pool.release([block])
+        self.pool.free([block])
 
     @precondition(lambda self: self.holds)
-    @rule(data=st.data())
-    def publish(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), number=st.integers(0, 7), length=st.integers(1, BLOCK_TOKENS) | st.just(BLOCK_TOKENS))
+    def register(self, data: st.DataObject, number: int, length: int) -> None:
+        """A block grows under the same beginning, and is registered again as it does."""
         block = data.draw(st.sampled_from(self.holds))
-        digest = data.draw(st.sampled_from(self.digests))
-        if block not in self.contents and digest not in self.contents.values():
-            self.contents[block] = digest
-        self.pool.publish(block, digest)
+        known = self.contents.get(block)
+        tokens = full(known[0] if known else number)[:length]
+        self.pool.register(block, ROOT, tokens)
+        if not known or len(known) < length:
+            self.contents[block] = tokens
 
-    @rule(data=st.data())
-    def share(self, data: st.DataObject) -> None:
-        digest = data.draw(st.sampled_from(self.digests))
-        block = self.pool.share(digest)
+    @rule(number=st.integers(0, 7))
+    def share(self, number: int) -> None:
+        block = self.pool.share(next_digest(ROOT, full(number)))
+        holders = [each for each, tokens in self.contents.items() if tokens == full(number)]
+        assert (block in holders) if holders and block is not None else block is None or not holders
         if block is not None:
-            assert self.contents[block] == digest
             self.holds.append(block)
-        else:
-            assert digest not in self.contents.values()
+
+    @rule(number=st.integers(0, 7), length=st.integers(1, BLOCK_TOKENS - 1))
+    def share_part(self, number: int, length: int) -> None:
+        found = self.pool.share_part(ROOT, full(number)[:length])
+        if found is not None:
+            block, count = found
+            assert self.contents[block][:count] == full(number)[:count]
+            self.holds.append(block)
 
     @invariant()
     def every_block_is_held_or_available(self) -> None:
         assert self.pool.held == len(set(self.holds))
         assert self.pool.available == 6 - self.pool.held
+        assert self.pool.ref_count == [self.holds.count(block) for block in range(6)]
 
 
 TestPoolMachine = PoolMachine.TestCase

@@ -1,9 +1,9 @@
-"""The KV cache: keys and values in fixed-size blocks, and who holds which block.
+"""The KV cache: keys and values in fixed-size blocks, and how many sequences hold each block.
 
-Sequences hold lists of block numbers (a block table), so memory is taken as they grow and prefixes are shared: a full
-block is published under a digest of everything its contents depend on (the layer stack, and every token up to its
-end), and a later sequence with the same beginning takes the block instead of computing it again. The idea is that of
-PagedAttention (Kwon et al., 2023, arXiv:2309.06180).
+Sequences hold lists of block numbers (a block table), so memory is taken as they grow and prefixes are shared: a block
+is registered with what its contents depend on (the layer stack, and every token up to its end), and a later sequence
+with the same beginning takes the block instead of computing it again. The idea is that of PagedAttention (Kwon et al.,
+2023, arXiv:2309.06180).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 import mmap
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +22,8 @@ from numpy.typing import NDArray
 
 BLOCK_TOKENS = 32
 """Tokens in a block: small enough to waste little, large enough that gathering is a few long copies."""
+SIBLINGS = 64
+"""How many blocks with the same tokens before them are compared when a sequence looks for a part of one."""
 
 Digest = bytes
 Number = TypeVar("Number", bound=np.floating)
@@ -35,76 +39,154 @@ def next_digest(parent: Digest, tokens: Sequence[int]) -> Digest:
     return hashlib.sha256(parent + np.asarray(tokens, np.int64).tobytes()).digest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a block holds: the tokens from its beginning, and the digest of everything before them."""
+
+    parent: Digest
+    tokens: tuple[int, ...]
+
+
 class BlockPool:
     """Counts who holds each block. Knows nothing of what is inside, so every backend shares it.
 
-    A block is *free* (never published, or forgotten), *held* by one or more sequences, or *kept*: held by nobody, but
-    published, and handed out again for its contents until the room is needed (least recently used goes first).
+    A block is *free* (nothing is known of its contents), *held* by `ref_count` sequences, or *cached*: held by nobody,
+    but registered, and handed out again for its contents until the room is needed. The least recently used goes first,
+    and of the blocks of one sequence the last: what many share, which stands at their beginning, goes last of all.
     """
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
-        self._holders = [0] * blocks
-        self._digest: list[Digest | None] = [None] * blocks
+        self.evictions = 0
+        """Cached blocks whose contents gave way to others."""
+        self.ref_count = [0] * blocks
+        self._contents: list[_Contents | None] = [None] * blocks
         self._free = list(range(blocks - 1, -1, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()
-        self._published: dict[Digest, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._full: dict[Digest, int] = {}
+        self._followers: dict[Digest, dict[int, None]] = {}
 
     @property
     def available(self) -> int:
-        """How many blocks `take` could still give."""
-        return len(self._free) + len(self._kept)
+        """How many blocks `allocate` could still give."""
+        return len(self._free) + len(self._cached)
 
     @property
     def held(self) -> int:
         """How many blocks sequences hold."""
         return self.blocks - self.available
 
-    def take(self, count: int) -> list[int] | None:
+    @property
+    def cached(self) -> int:
+        """How many blocks nobody holds, but whose contents are there for whoever asks."""
+        return len(self._cached)
+
+    def allocate(self, count: int) -> list[int] | None:
         """`count` blocks with one holder each, or None (and nothing taken) when there are not so many."""
         if count > self.available:
             return None
-        taken = []
+        allocated = []
         for _ in range(count):
             if self._free:
                 block = self._free.pop()
             else:
-                block, _ = self._kept.popitem(last=False)
+                block, _ = self._cached.popitem(last=False)
                 self._forget(block)
-            self._holders[block] = 1
-            taken.append(block)
-        return taken
+                self.evictions += 1
+            self.ref_count[block] = 1
+            allocated.append(block)
+        return allocated
 
-    def share(self, digest: Digest) -> int | None:
-        """The block published under this digest, with one holder more, or None."""
-        block = self._published.get(digest)
-        if block is None:
-            return None
-        self._kept.pop(block, None)
-        self._holders[block] += 1
-        return block
-
-    def publish(self, block: int, digest: Digest) -> None:
-        """Say what a full block holds. The first block of a digest stays the one that is shared."""
-        if digest not in self._published and self._digest[block] is None:
-            self._published[digest] = block
-            self._digest[block] = digest
-
-    def release(self, blocks: Iterable[int]) -> None:
-        """Give up one hold on each of these blocks."""
-        for block in blocks:
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
-                if self._digest[block] is None:
+    def free(self, block_table: Sequence[int]) -> None:
+        """Give up one hold on each of a sequence's blocks. The last ones will be evicted first."""
+        for block in reversed(block_table):
+            self.ref_count[block] -= 1
+            if self.ref_count[block] == 0:
+                if self._contents[block] is None:
                     self._free.append(block)
                 else:
-                    self._kept[block] = None
+                    self._cached[block] = None
+
+    def register(self, block: int, parent: Digest, tokens: Sequence[int]) -> None:
+        """Say what a held block begins with; more of it may be registered when it has filled further.
+
+        Of blocks with the same contents the first stays the one that is shared.
+        """
+        contents = _Contents(parent, tuple(tokens))
+        known = self._contents[block]
+        if known is not None and (known.parent != parent or len(known.tokens) >= len(tokens)):
+            return
+        if len(tokens) == BLOCK_TOKENS:
+            digest = next_digest(parent, tokens)
+            if digest in self._full:
+                self._forget(block)
+                return
+            self._full[digest] = block
+        elif self._closest(parent, contents.tokens, but=block)[1] == len(tokens):
+            return
+        self._contents[block] = contents
+        self._followers.setdefault(parent, {})[block] = None
+
+    def __contains__(self, digest: Digest) -> bool:
+        """Whether there is a full block of this digest."""
+        return digest in self._full
+
+    def share(self, digest: Digest) -> int | None:
+        """The full block of this digest, with one holder more, or None."""
+        block = self._full.get(digest)
+        if block is not None:
+            self._hold(block)
+        return block
+
+    def share_part(self, parent: Digest, tokens: Sequence[int]) -> tuple[int, int] | None:
+        """Of the blocks that follow `parent` the one that begins with most of `tokens`, with one holder more.
+
+        Returns:
+            The block and how many of the tokens it begins with, at least one; None if there is no such block. What
+            else it holds may differ, so it is for copying from.
+        """
+        block, count = self._closest(parent, tuple(tokens))
+        if not count:
+            return None
+        self._hold(block)
+        return block, count
+
+    def _hold(self, block: int) -> None:
+        self._cached.pop(block, None)
+        self.ref_count[block] += 1
+
+    def _closest(self, parent: Digest, tokens: tuple[int, ...], but: int = -1) -> tuple[int, int]:
+        """The newest of the blocks that begin with the largest part of `tokens`, and how many tokens that are."""
+        best = (-1, 0)
+        for block in islice(reversed(self._followers.get(parent, {})), SIBLINGS):
+            contents = self._contents[block]
+            if contents is not None and block != but:
+                count = common_length(contents.tokens, tokens)
+                if count > best[1]:
+                    best = (block, count)
+        return best
 
     def _forget(self, block: int) -> None:
-        digest = self._digest[block]
-        if digest is not None:
-            del self._published[digest]
-            self._digest[block] = None
+        contents = self._contents[block]
+        if contents is None:
+            return
+        self._contents[block] = None
+        followers = self._followers[contents.parent]
+        del followers[block]
+        if not followers:
+            del self._followers[contents.parent]
+        if len(contents.tokens) == BLOCK_TOKENS:
+            del self._full[next_digest(contents.parent, contents.tokens)]
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from their beginning."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
 
 
 class KVCache:
@@ -125,6 +207,11 @@ class KVCache:
         """Store keys and values, each [tokens, kv_heads, head_dim], at `slots` (block x BLOCK_TOKENS + offset)."""
         self._keys[layer].reshape(self._rows)[:, slots] = keys.transpose(1, 0, 2)
         self._values[layer].reshape(self._rows)[:, slots] = values.transpose(1, 0, 2)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first so many tokens of a block into another."""
+        self._keys[:, :, target, :tokens] = self._keys[:, :, source, :tokens]
+        self._values[:, :, target, :tokens] = self._values[:, :, source, :tokens]
 
     def read(self, layer: int, table: NDArray[np.intp], length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Keys and values of the first `length` tokens of a block table, each [kv_heads, length, head_dim].

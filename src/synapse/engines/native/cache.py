@@ -37,6 +37,11 @@ class HalfCache:
             self.keys[layer].transpose(1, 3, 0, 2)[blocks, offsets] = keys
             self.values[layer].transpose(1, 2, 0, 3)[blocks, offsets] = values
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first so many tokens of a block into another."""
+        self.keys[:, :, target, :, :tokens] = self.keys[:, :, source, :, :tokens]
+        self.values[:, :, target, :tokens] = self.values[:, :, source, :tokens]
+
     def keep(self, slots: NDArray[np.intp]) -> Callable[[], None]:
         """Remember what is at these slots. The function that is returned puts it back."""
         blocks, offsets = slots // BLOCK_TOKENS, slots % BLOCK_TOKENS

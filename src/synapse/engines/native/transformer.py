@@ -57,6 +57,11 @@ class NativeTransformer:
         self._model: NativeModel | None = model
         self._precision: Precision = precision
 
+    @property
+    def kv_token_bytes(self) -> int:
+        """Keys and values are float16."""
+        return self.config.kv_numbers * 2
+
     def new_cache(self, blocks: int) -> HalfCache:
         """An empty KV cache of so many blocks."""
         return HalfCache(self.config.blocks, self.config.kv_heads, self.config.head_dim, blocks)

@@ -92,6 +92,10 @@ class Transformer(Protocol, Generic[CacheT]):
     def weight_bytes(self) -> int:
         """Memory of the weights."""
 
+    @property
+    def kv_token_bytes(self) -> int:
+        """Memory of the keys and values of one token."""
+
     def new_cache(self, blocks: int) -> CacheT:
         """An empty KV cache of so many blocks."""
 
@@ -120,6 +124,11 @@ class ReferenceTransformer:
         scale = self.config.rope.attention_scale()
         self.cos = (np.cos(angles) * scale).astype(np.float32)
         self.sin = (np.sin(angles) * scale).astype(np.float32)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Keys and values are float32."""
+        return self.config.kv_numbers * 4
 
     def new_cache(self, blocks: int) -> KVCache:
         """An empty KV cache of so many blocks."""
