@@ -7,6 +7,7 @@ from synapse.engines.engine import Backend, ContextOverflow, Counters, Engine, L
 from synapse.engines.grammar import BadGrammar
 from synapse.engines.host import EngineHost, limits_from, open_engine, open_engines
 from synapse.engines.request import (
+    DeadlineExceeded,
     Delta,
     Event,
     Finished,
@@ -23,6 +24,7 @@ __all__ = [
     "BadGrammar",
     "ContextOverflow",
     "Counters",
+    "DeadlineExceeded",
     "Delta",
     "Engine",
     "EngineHost",

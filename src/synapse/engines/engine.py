@@ -534,12 +534,12 @@ def check_stack(layers: SequenceOf[tuple[str, float]]) -> None:
 def overdue(seq: Sequence, now: float) -> DeadlineExceeded:
     """What the caller of a sequence is told that has waited for too long."""
     seq.waits_for("place", now)
-    whole = sum(seq.waited.values())
-    parts = [f"{seconds:.1f} s for {WAITED_FOR[reason]}" for reason, seconds in seq.waited.items() if seconds > 0.05]
+    parts = sorted(((seconds, WAITED_FOR[reason]) for reason, seconds in seq.waited.items()), reverse=True)
+    told = ", ".join(f"{seconds:.1f} s for {what}" for seconds, what in parts if seconds > 0.01 * parts[0][0])
+    so_far = f", after {seq.generated} tokens" if seq.generated else ""
     return DeadlineExceeded(
-        f"the deadline passed while the request waited: {', '.join(parts) or f'{whole:.1f} s'}"
-        + (f", after {seq.generated} tokens" if seq.generated else ""),
-        hint="try again when less is going on, or give it more time or a higher priority",
+        f"the deadline passed while the request waited{so_far}: {told}",
+        hint="try again when less is going on, or give it more time",
         waited={reason: round(seconds, 3) for reason, seconds in seq.waited.items()},
     )
 

@@ -16,6 +16,8 @@ from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
 from synapse.engines.sequence import Sequence
 
 Work = dict[Sequence, int]
+WORTH_WAITING = BLOCK_TOKENS // 2
+"""Tokens of a prefix for whose computation by another sequence one waits: fewer are computed sooner than waited for."""
 
 
 class Scheduler:
@@ -144,7 +146,8 @@ class Scheduler:
         """
         for other in self.running:
             if other.pending > 1 and other.rank <= seq.rank:
-                common = seq.common_blocks(other)
-                if common * BLOCK_TOKENS > other.computed and common > seq.cached_blocks(self._pool):
+                common = seq.common_tokens(other)
+                worth = 1 if common == len(seq.tokens) - 1 else WORTH_WAITING
+                if common > other.computed and common - seq.cached_tokens(self._pool) >= worth:
                     return True
         return False

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synapse.callosum.message import Tract
-from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool, Digest, next_digest, root_digest
+from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool, Digest, common_length, next_digest, root_digest
 from synapse.engines.grammar import Constraint
 from synapse.engines.reference.lora import Stack
 from synapse.engines.request import HIGHEST_PRIORITY, FinishReason, Request
@@ -109,7 +109,7 @@ class Sequence:
             copy: copies from a block into another the first so many tokens.
         """
         parent = self._digest(self.computed // BLOCK_TOKENS)
-        found = pool.share_part(parent, self.tokens[self.computed : self.computed + BLOCK_TOKENS][: self.pending - 1])
+        found = pool.share_part(parent, self._part(self.computed))
         if found is None:
             return
         block, count = found
@@ -152,13 +152,19 @@ class Sequence:
         if start < end:
             pool.register(self.block_table[index], self._digest(index), self.tokens[start:end])
 
-    def cached_blocks(self, pool: BlockPool) -> int:
-        """How many full blocks from its beginning the pool has."""
+    def cached_tokens(self, pool: BlockPool) -> int:
+        """How many of its tokens the pool has, if it were to start now."""
         full = (len(self.tokens) - 1) // BLOCK_TOKENS
-        return next((index for index in range(full) if self._digest(index + 1) not in pool), full)
+        blocks = next((index for index in range(full) if self._digest(index + 1) not in pool), full)
+        start = blocks * BLOCK_TOKENS
+        return start + pool.part_length(self._digest(blocks), self._part(start))
 
-    def common_blocks(self, other: Sequence) -> int:
-        """How many full blocks from the beginning are the same in both, with the same layers."""
+    def _part(self, start: int) -> list[int]:
+        """The tokens of a block, but not the very last token, which is computed for its logits."""
+        return self.tokens[start : min(start + BLOCK_TOKENS, len(self.tokens) - 1)]
+
+    def common_tokens(self, other: Sequence) -> int:
+        """With how many tokens both begin, if they have the same layers; at most all of its own but one."""
         low, high = -1, (min(len(self.tokens), len(other.tokens)) - 1) // BLOCK_TOKENS
         while low < high:
             middle = (low + high + 1) // 2
@@ -166,7 +172,11 @@ class Sequence:
                 low = middle
             else:
                 high = middle - 1
-        return max(low, 0)
+        if low < 0:
+            return 0
+        start = low * BLOCK_TOKENS
+        part = slice(start, start + BLOCK_TOKENS)
+        return min(start + common_length(self.tokens[part], other.tokens[part]), len(self.tokens) - 1)
 
     def _digest(self, blocks: int) -> Digest:
         """The digest of the first so many blocks of tokens."""

@@ -151,6 +151,10 @@ class BlockPool:
         self._hold(block)
         return block, count
 
+    def part_length(self, parent: Digest, tokens: Sequence[int]) -> int:
+        """How many tokens `share_part` would find."""
+        return self._closest(parent, tuple(tokens))[1]
+
     def _hold(self, block: int) -> None:
         self._cached.pop(block, None)
         self.ref_count[block] += 1
