@@ -20,7 +20,7 @@ from synapse.callosum.bus.delivery.outcomes import Bury
 from synapse.callosum.bus.delivery.watcher import AGAIN, Watcher
 from synapse.callosum.log.contract import Delivery, Log, Reason, Start
 from synapse.callosum.message import LANES, Message, Tract
-from synapse.callosum.publish.publishing import log as diary
+from synapse.callosum.publish.publishing import log as logger
 from synapse.callosum.router.router import Full
 from synapse.errors import SynapseError, Unavailable
 
@@ -329,7 +329,7 @@ class Feed:
 
     def _complain(self, what: str, error: Exception) -> None:
         defect = not isinstance(error, SynapseError)
-        diary.warning(what, group=self._membership.group, message=str(error), exc_info=defect)
+        logger.warning(what, group=self._membership.group, message=str(error), exc_info=defect)
 
 
 def _lost(delivery: Delivery) -> int:
