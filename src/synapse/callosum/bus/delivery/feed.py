@@ -137,15 +137,15 @@ class Feed:
     async def stop(self) -> None:
         """End. What was claimed and not handled is given back at once; where the log is away, its lease ends it."""
         self._watcher.leave(self._more)
+        self._closing = self._stopping = True  # too: a client of a server may not heed being cancelled
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         left = [claimed.delivery for claimed in (*self._waiting.values(), *self._running.values())]
         if left and self.joined:
             with suppress(Exception):  # the log is away, or a client of it is broken: there is nothing left to try
                 async with asyncio.timeout(RELEASE_S):
                     await self._log.release(self._membership.group, left)
-        self._closing = self._stopping = True  # too: a client of a server may not heed being cancelled
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
     def attentive(self) -> bool:

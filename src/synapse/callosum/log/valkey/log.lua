@@ -171,9 +171,9 @@ local function trim(keep, changed)
   return table.concat(told, '\n')
 end
 
--- Note that a group is read.
+-- Note that a group is read; a server that is full gives what there is all the same.
 local function note_read(uid)
-  redis.call('HSET', group_key(uid), 'read', text(milliseconds()))
+  redis.pcall('HSET', group_key(uid), 'read', text(milliseconds()))
   redis.call('HDEL', group_key(uid), 'unread')
 end
 
@@ -384,9 +384,11 @@ function operations.bury(name, uid, tract, number, attempt, reason, message)
   local most = tonumber(ARGV[9])
   if not stands(uid, name, tract, number, attempt) then return end
   local stream, id, now = STREAMS[tract], entry_id(number), milliseconds()
-  local fields = fields_of(redis.call('XRANGE', stream, id, id)[1])
+  local entry = redis.call('XRANGE', stream, id, id)[1]
   redis.call('XACK', stream, name, id)
   redis.call('ZREM', due_key(uid, tract), member_of(tonumber(number)))
+  if not entry then return end -- it was let go of: nobody had read the group for long
+  local fields = fields_of(entry)
   local failed = redis.call('HGET', failed_key(uid, tract), number) or 0
   redis.call('HDEL', failed_key(uid, tract), number)
   redis.call('XADD', DEAD, '*', 'group', name, 'reason', reason, 'error', message, 'attempts', failed + 1,
