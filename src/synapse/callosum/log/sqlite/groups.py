@@ -68,8 +68,8 @@ def claim(transaction: Transaction, group: str, limit: int, tract: Tract, now: f
     """Up to `limit` messages: first those that are due again, then new ones."""
     db, head = transaction.db, transaction.head
     cursor_name = f"cursor{int(tract)}"  # cursor0 or cursor1: nothing from outside is in the SQL below
-    found = f"SELECT id, pattern, lease_s, {cursor_name}, read_at FROM groups WHERE name = ?"  # noqa: S608
-    mine = db.execute(found, (group,)).fetchone()
+    statement = f"SELECT id, pattern, lease_s, {cursor_name}, read_at FROM groups WHERE name = ?"  # noqa: S608
+    mine = db.execute(statement, (group,)).fetchone()
     if mine is None:
         raise no_group(group)
     owner, pattern, lease_s, cursor, read_at = mine
