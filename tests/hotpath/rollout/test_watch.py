@@ -105,7 +105,7 @@ async def test_without_a_store_the_reference_answers_and_it_is_said_once(
 async def test_what_stands_in_the_way_at_the_start_decides_nothing_for_later(
     path: HotPath[..., Any], tmp_path: Path
 ) -> None:
-    settings = Settings(home=tmp_path / "home", database_url=f"sqlite:///{tmp_path / 'store.db'}")
+    settings = Settings(home=tmp_path / "home")
     (tmp_path / "home").mkdir()
     in_the_way = tmp_path / "home" / "hotpath"
     in_the_way.touch()
@@ -114,8 +114,7 @@ async def test_what_stands_in_the_way_at_the_start_decides_nothing_for_later(
     assert running.complaint
     assert path.call(values(1, 2)) == 3
     in_the_way.unlink()
-    await asyncio.to_thread(running.refresh)
-    await asyncio.to_thread(running.refresh)
+    await asyncio.to_thread(running.refresh, 100)
     assert (running.complaint, running.hint) == ("", "")
     assert path.decision.why.startswith("validate")
     running.stop()
