@@ -39,7 +39,7 @@ from synapse.engines.request import (
     TokenLogprob,
 )
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
-from synapse.engines.scheduler import Scheduler
+from synapse.engines.scheduler import Scheduler, Work
 from synapse.engines.sequence import Reason, Sequence
 from synapse.errors import InternalError, InvalidInput, SynapseError, Unavailable
 from synapse.models.chat_template import ChatTemplate, load_chat_template
@@ -50,6 +50,10 @@ from synapse.models.tokenizer import Tokenizer, load_tokenizer
 log = structlog.get_logger(__name__)
 
 Backend = Literal["reference", "native", "auto"]
+GUESSED_ROWS = 8
+"""Rows of a step that has guesses: as many as one tile of the matrix products computes together."""
+GUESSED_SEQUENCES = 2
+"""With more sequences than these a step has no arithmetic to spare for guesses."""
 LOGITS_CHUNK = 256
 """Tokens computed at once by `Engine.logits`."""
 GRAMMAR_TOKENS = 1024
@@ -86,6 +90,7 @@ class Limits:
             them many times over.
         quantisation: how exactly the native engine keeps weights: `auto` as the file has them, else `int8` or `4bit`.
         layer_precision: how exactly it keeps LoRA layers: `int8`, or `float16` in twice the memory.
+        prompt_lookup: whether one or two sequences that share a step guess what comes next (see `PromptLookup`).
     """
 
     max_context: int = 8192
@@ -98,6 +103,7 @@ class Limits:
     threads: int = 0
     quantisation: Quantisation = "auto"
     layer_precision: Precision = "int8"
+    prompt_lookup: bool = True
 
 
 @dataclass(slots=True)
@@ -107,6 +113,7 @@ class Counters:
     Attributes:
         prompt_tokens: of the prompts that have started; `cached_tokens` of them were found in the KV cache.
         evicted_blocks: blocks of the KV cache whose contents gave way to others.
+        guessed_tokens: tokens that were computed before it was known whether they are chosen; `right_guesses` were.
         preemptions: how often a sequence gave its place back and waited again.
     """
 
@@ -116,6 +123,8 @@ class Counters:
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    guessed_tokens: int = 0
+    right_guesses: int = 0
     evicted_blocks: int = 0
     preemptions: int = 0
 
@@ -269,20 +278,21 @@ class Engine:
                 deadline = self.next_deadline
                 self._take_in_layers(None if deadline is None else max(deadline - time.monotonic(), 0.001))
             return events
+        guesses = self._guesses(work)
         chunks = [
             Chunk(
-                tokens=np.asarray(seq.tokens[seq.computed : seq.computed + count], np.intp),
+                tokens=np.asarray(seq.tokens[seq.computed : seq.computed + count] + guess, np.intp),
                 start=seq.computed,
                 table=seq.table(),
                 stack=seq.stack or (),
-                wanted=int(count == seq.pending),
+                wanted=int(count == seq.pending) + len(guess),
             )
-            for seq, count in work.items()
+            for (seq, count), guess in zip(work.items(), guesses, strict=True)
         ]
         logits = self._transformer.forward(chunks, self._cache)
         self.counters.steps += 1
         row = 0
-        for (seq, count), chunk in zip(work.items(), chunks, strict=True):
+        for (seq, count), chunk, guess in zip(work.items(), chunks, guesses, strict=True):
             if not seq.started:
                 seq.started = True
                 self.counters.prompt_tokens += len(seq.request.prompt)
@@ -293,8 +303,33 @@ class Engine:
             seq.advance(self._pool, count)
             if chunk.wanted:
                 events += self._continue_safely(seq, logits, row)
-                row += 1
+                right = 0
+                while right < len(guess) and seq.id in self._sequences and seq.tokens[-1] == guess[right]:
+                    right += 1
+                    self.counters.decode_tokens += 1
+                    seq.advance(self._pool, 1)
+                    events += self._continue_safely(seq, logits, row + right)
+                if guess:
+                    self.counters.guessed_tokens += len(guess)
+                    self.counters.right_guesses += right
+                    seq.lookup.judge(len(guess), right, len(seq.tokens))
+                row += chunk.wanted
         return events
+
+    def _guesses(self, work: Work) -> list[list[int]]:
+        """What each sequence of a step computes beyond its own tokens. What is wrong of it is overwritten later."""
+        if not self.limits.prompt_lookup or len(work) > GUESSED_SEQUENCES:
+            return [[] for _ in work]
+        return [
+            self._guess(seq, GUESSED_ROWS // len(work) - 1) if all(n == 1 for n in work.values()) else []
+            for seq in work
+        ]
+
+    def _guess(self, seq: Sequence, most: int) -> list[int]:
+        if not seq.generated or seq.constraint is not None or seq.sampler.penalised:
+            return []
+        guess = seq.lookup.guess(seq.tokens, min(most, seq.limit - len(seq.tokens) - 1))
+        return guess if seq.grow(self._pool, 1 + len(guess)) else []
 
     def reset(self) -> None:
         """Drop every sequence without events, after a step has raised."""
