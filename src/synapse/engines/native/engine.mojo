@@ -7,7 +7,7 @@ provides every array, and `call.py` describes them.
 """
 
 from std.atomic import Atomic
-from std.sys import CompilationTarget
+from std.sys import CompilationTarget, size_of
 from std.sys.intrinsics import prefetch
 
 from engine_attention import MOST_QUERIES, Cache, Table, attend, store_key, store_value
@@ -18,7 +18,7 @@ from engine_pool import Pool, Work, announce_job, begin_job, is_current, look, w
 from engine_rows import add, gated, rms_norm, rotate
 from engine_top import best
 
-comptime ABI_VERSION = 2
+comptime ABI_VERSION = 3
 comptime UNIT = BLOCK // GROUP  # groups of a unit of work: its outputs are one block of the next map's inputs
 comptime PIECES = 4  # a thread takes the units of a small phase in so many pieces
 comptime LINE = 64  # bytes of a cache line
@@ -463,6 +463,22 @@ def run(step: Step, work: Work):
 @export("engine_abi_version")
 def engine_abi_version() abi("C") -> Int:
     return ABI_VERSION
+
+
+@export("engine_struct_size")
+def engine_struct_size(number: Int) abi("C") -> Int:
+    """The size of each structure, in the order of `native.structs.STRUCTS`."""
+    if number == 0:
+        return size_of[Matrix]()
+    if number == 1:
+        return size_of[Inputs]()
+    if number == 2:
+        return size_of[Layer]()
+    if number == 3:
+        return size_of[Model]()
+    if number == 4:
+        return size_of[Pool]()
+    return size_of[Step]() if number == 5 else 0
 
 
 @export("engine_cpu_features")
