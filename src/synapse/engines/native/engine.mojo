@@ -12,7 +12,7 @@ from std.sys.intrinsics import prefetch
 
 from engine_attention import MOST_QUERIES, Cache, Table, attend, store_key, store_value
 from engine_lora import Factors, Rows, STRIP, expand, shrink
-from engine_matrix import BLOCK, GROUP, Q8, Bytes, Floats, Inputs, Matrix, element, multiply, quantise, quantise_block
+from engine_matrix import BLOCK, GROUP, Q8, Bytes, Floats, Halves, Inputs, Matrix, element, multiply, quantise, quantise_block
 from engine_model import ONE_MAP, WHOLE, Addresses, Layer, Model, Step
 from engine_pool import Pool, Work, announce_job, begin_job, is_current, look, wait_for_job
 from engine_rows import add, gated, rms_norm, rotate
@@ -149,6 +149,7 @@ def project(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
             break
         first *= length
         for unit in range(first, min(first + length, units)):
+            ask_for_places(step, block, unit, units)
             var coming = Coming(block, 3, 1, layer.o.blocks * BLOCK, unit, units)
             if unit < q_units:
                 linear(step, layer.q, step.inputs, unit, block, 0, 0, step.q, layer.q.groups * GROUP, coming)
@@ -160,6 +161,27 @@ def project(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
                 linear(step, layer.v, step.inputs, at, block, 2, 2, step.v, layer.k.groups * GROUP, coming)
         work.done(phase)
     work.wait(phase, pieces)
+
+
+@always_inline
+def key_place(step: Step, block: Int, head: Int, row: Int) -> Halves:
+    """The block of the cache where the key of a row goes."""
+    ref model = step.model[]
+    var number = Int(step.slots.unsafe_offset(row)[]) // BLOCK
+    var at = (block * model.kv_heads + head) * step.cache_blocks + number
+    return step.keys.unsafe_offset(at * BLOCK * model.head_dim)
+
+
+@always_inline
+def ask_for_places(step: Step, block: Int, part: Int, parts: Int):
+    """Asks for a share of the places where the keys of a block will go: each of their numbers has a line of its own."""
+    ref model = step.model[]
+    if step.rows != step.chunks:
+        return  # rows of a prompt follow one another in the same lines
+    var total = step.rows * model.kv_heads
+    for piece in range(total * part // parts, total * (part + 1) // parts):
+        var place = key_place(step, block, piece % model.kv_heads, piece // model.kv_heads)
+        ask(Bytes(unsafe_from_address=Int(place)), 0, BLOCK * model.head_dim * 2)
 
 
 def place(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
@@ -192,8 +214,8 @@ def place(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
             rotate(key, cos, sin, model.half)
             var value = step.v.unsafe_offset(row * layer.k.groups * GROUP + head * size)
             var slot = Int(step.slots.unsafe_offset(row)[])
+            store_key(key_place(step, block, head, row), slot % BLOCK, key, size)
             var at = ((block * model.kv_heads + head) * step.cache_blocks + slot // BLOCK) * BLOCK * size
-            store_key(step.keys.unsafe_offset(at), slot % BLOCK, key, size)
             store_value(step.values.unsafe_offset(at), slot % BLOCK, value, size)
         work.done(phase)
     work.wait(phase, pieces)
