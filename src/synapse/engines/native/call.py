@@ -33,7 +33,7 @@ PHASES = 13
 OTHER_PHASES = 4
 SLEEP_NANOSECONDS = 1_000_000
 """How long a thread sleeps at most before it looks again whether a phase is over."""
-KINDS = {"q4": 4, "q8": 8}
+KINDS = {"q4": 4, "q4_0": 5, "q8": 8}
 LINE = 64
 """Bytes that cores hand over at once: each flag has its own."""
 LANES = 8
