@@ -103,7 +103,7 @@ def end_watch() -> None:
     running = watch.watch()
     if running is not None:
         running.stop()
-    paths._starter, watch._watch, watch._failed = None, None, False
+    paths._starter, watch._watch, watch._complaint = None, None, ""
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,7 @@ def test_a_build_that_crashes_before_anybody_calls_it_is_quarantined(
 
 def test_until_the_calls_of_users_have_burned_it_in_it_is_not_ready(tie: Tie, tmp_path: Path) -> None:
     path = tie(compile_kernel(tmp_path), burn_in=None)
-    assert ready("total") == Readiness(False, "full, burn-in")
+    assert ready("total") == Readiness(False, "full, burn-in", final=False)
     for _ in range(BURN_IN_CALLS):
         path.call(values(1, 2))
     assert ready("total") == Readiness(True, "full")
@@ -121,7 +121,7 @@ def test_until_the_calls_of_users_have_burned_it_in_it_is_not_ready(tie: Tie, tm
 
 def test_it_waits_no_longer_than_it_is_told_and_goes_on_meanwhile(tie: Tie, tmp_path: Path) -> None:
     path = tie(compile_kernel(tmp_path))
-    assert ready("total", 0) == Readiness(False, "it was not decided in 0 seconds")
+    assert ready("total", 0) == Readiness(False, "it was not decided in 0 seconds", final=False)
     deadline = time.monotonic() + 60
     while path.decision.why != "full" and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -134,7 +134,9 @@ def test_without_settings_or_a_store_it_says_what_is_wrong(
     tie(compile_kernel(tmp_path))
     with monkeypatch.context() as patch:
         patch.setenv("SYNAPSE_PORT", "no number")
-        assert ready("total") == Readiness(False, "nothing watches the hot paths of this process; its log says why")
+        assert ready("total") == Readiness(
+            False, "nothing watches the hot paths of this process; its log says why", final=False
+        )
     end_watch()
     monkeypatch.setenv("SYNAPSE_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/nothing")
     state = ready("total")

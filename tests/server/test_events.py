@@ -122,22 +122,36 @@ def test_an_empty_place_is_the_beginning_of_what_is_kept_and_none_is_now(empty: 
 def test_requests_and_the_start_of_the_server_are_events_but_not_the_checks_of_its_health(empty: Live) -> None:
     empty.command("persona/list")
     httpx.get(f"{empty.url}/health")
-    httpx.get(f"{empty.url}/nowhere?token=hidden")
+    httpx.get(f"{empty.url}/v1/events?pattern=a..b&token=hidden")
     with listening(empty, after="") as stream:
         events = []
         for sent in stream:
             events.append(sent)
-            if sent.data["payload"].get("path") == "/nowhere":
+            if sent.data["payload"].get("path") == "/v1/events":
                 break
     assert events[0].event == "server.started"
     requests = [sent.data for sent in events if sent.event == "server.request.finished"]
     assert [(each["payload"]["path"], each["payload"]["status"]) for each in requests] == [
         ("/v1/commands/persona/list", 200),
-        ("/nowhere", 404),
+        ("/v1/events", 400),
     ]
     assert {(each["tract"], each["evidence"]) for each in requests} == {("external", "reported")}
     assert all(each["payload"]["seconds"] > 0 for each in requests)
     assert "hidden" not in json.dumps(requests)
+
+
+def test_a_request_of_somebody_who_may_ask_nothing_is_no_event(empty: Live) -> None:
+    secret = empty.command("key/create", name="somebody", permissions=["manage"])["key"]
+    with empty.http() as client:
+        for headers in ({}, {"Authorization": "Bearer syn-wrong"}):
+            for path in ("/v1/models", "/v1/events", "/nowhere", "/v1/commands/persona/list", "/" + "x" * 300):
+                assert client.get(path, headers=headers).status_code in (401, 404, 405)
+            assert client.post("/v1/chat/completions", headers=headers, json={}).status_code == 401
+    with httpx.Client(base_url=empty.url, headers={"Authorization": f"Bearer {secret}"}) as client:
+        assert client.post("/v1/commands/persona/list", json={}).status_code == 200
+        rows = client.post("/v1/commands/events/stats", json={}).json()
+    topics = {row["topic"]: row["count"] for row in rows["topics"]}
+    assert topics["server.request.finished"] <= 3, "those that were allowed: the key's, and those that came after"
 
 
 @pytest.mark.parametrize("params", [{"pattern": "a..b"}, {"pattern": "**.a"}, {"pattern": ""}, {"after": "no place"}])

@@ -17,9 +17,21 @@ import structlog
 log: structlog.stdlib.BoundLogger = structlog.wrap_logger(logging.getLogger("synapse.hotpath"))
 
 Kind = Literal[
-    "promoted", "rolled_back", "held", "quarantined", "paused", "resumed", "cleared", "burned_in", "alert", "alert_over"
+    "promoted",
+    "rolled_back",
+    "held",
+    "quarantined",
+    "killed",
+    "suspended",
+    "paused",
+    "resumed",
+    "cleared",
+    "burned_in",
+    "alert",
+    "alert_over",
 ]
-WARNINGS: frozenset[Kind] = frozenset({"rolled_back", "held", "quarantined", "alert"})
+STOPS: frozenset[Kind] = frozenset({"held", "quarantined", "suspended"})
+WARNINGS: frozenset[Kind] = STOPS | {"rolled_back", "killed", "alert"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +42,11 @@ class News:
     path: str
     build: str
     message: str
+
+
+def stopped_hint(path: str) -> str:
+    """What helps when the kernel of a hot path may answer nothing."""
+    return f"the reference answers, which is slower; `synapse hotpath clear {path}` lets the kernel begin anew"
 
 
 Listener = Callable[[News], None]
@@ -45,7 +62,8 @@ def listen(listener: Listener) -> Callable[[], None]:
 def tell(news: News) -> None:
     """Log a piece of news and pass it on. A listener that raises is logged and keeps nobody else from hearing it."""
     write = log.warning if news.kind in WARNINGS else log.info
-    write(f"hotpath.{news.kind}", path=news.path, build=news.build, message=news.message)
+    hint = {"hint": stopped_hint(news.path)} if news.kind in STOPS else {}
+    write(f"hotpath.{news.kind}", path=news.path, build=news.build, message=news.message, **hint)
     for listener in list(_listeners):
         try:
             listener(news)

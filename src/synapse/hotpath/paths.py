@@ -6,11 +6,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from synapse.errors import NotFound, TimedOut
 from synapse.hotpath.call import HotPath
+from synapse.hotpath.rollout.decision import UNDECIDED
 from synapse.hotpath.rollout.plan import STAGES, Plan
 from synapse.kernels.native import NativeSide, python_forced
 
@@ -68,10 +69,15 @@ class Readiness:
     Attributes:
         native: whether the kernel does, in this process: every call, or the share of its stage.
         why: the name of the stage, or why the reference answers.
+        hint: what helps when the reference answers and that can be helped.
+        final: whether it stays so until somebody does something. A store that is locked or a machine that is slow
+            decides nothing: ask again later.
     """
 
     native: bool
     why: str
+    hint: str = field(default="", compare=False)
+    final: bool = True
 
 
 def ready(name: str, timeout: float = 30.0) -> Readiness:
@@ -91,7 +97,7 @@ def ready(name: str, timeout: float = 30.0) -> Readiness:
         raise NotFound(f"there is no hot path {name!r:.60} in this process", hint="import the module that has it")
     if python_forced():
         return Readiness(False, "Python is forced")
-    late = Readiness(False, f"it was not decided in {timeout:.3g} seconds")
+    late = Readiness(False, f"it was not decided in {timeout:.3g} seconds", final=False)
     deadline = time.monotonic() + timeout
     starter = _supervise()
     starter.join(timeout)
@@ -99,14 +105,18 @@ def ready(name: str, timeout: float = 30.0) -> Readiness:
         return late
     running = _start_watch()
     if running is None:
-        return Readiness(False, "nothing watches the hot paths of this process; its log says why")
+        return Readiness(False, "nothing watches the hot paths of this process; its log says why", final=False)
     try:
         running.refresh(max(0.0, deadline - time.monotonic()))
     except TimedOut:
         return late
     decision = PATHS[name].decision
     native = decision.native is not None and decision.child is None and decision.below > 0
-    return Readiness(native, decision.why if native else running.complaint or decision.why)
+    if native:
+        return Readiness(True, decision.why)
+    # What cannot be read now, or is being tried in a process of its own, may be otherwise in a moment.
+    final = not running.complaint and decision.child is None and decision is not UNDECIDED
+    return Readiness(False, running.complaint or decision.why, decision.hint, final)
 
 
 _starting = threading.Lock()

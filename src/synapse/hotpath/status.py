@@ -12,6 +12,7 @@ from synapse.errors import SynapseError
 from synapse.hotpath.call import HotPath
 from synapse.hotpath.metrics.histogram import Counts, percentile
 from synapse.hotpath.metrics.window import NOTHING, WINDOW, Tally, alerts, combined
+from synapse.hotpath.news import stopped_hint
 from synapse.hotpath.rollout.entities import HotPathState, rollout_of
 from synapse.hotpath.rollout.plan import Rollout, begin, lacking
 from synapse.hotpath.rollout.supervisor import NO_BUILD
@@ -36,11 +37,16 @@ class PathStatus(BaseModel):
     path: str
     stage: str = Field(description="stage of the rollout")
     share: float = Field(description="of the keys, how many are the kernel's")
-    mode: str = Field(description="automatic, paused, held, quarantined, forced (to Python), missing or broken (build)")
-    answered_by: str = Field(description="who answered the last calls: those of the newest slice of the window")
+    mode: str = Field(
+        description="automatic, paused, held, quarantined, suspended, forced (to Python), missing or broken (build)"
+    )
+    answered_by: str = Field(
+        description="who answers: those of the newest slice of the window, the reference where the kernel may not"
+    )
     native_p50_ms: float | None
     reference_p50_ms: float | None
     reason: str
+    hint: str = Field("", description="what helps when the kernel may answer nothing")
     alerts: list[str]
     build: str
     native: RuntimeFigures
@@ -56,12 +62,15 @@ async def status_of(store: Store, paths: Iterable[HotPath[..., Any]], now: datet
     return [await _status(store, path, now) for path in paths]
 
 
-async def current_state(store: Store, path: HotPath[..., Any]) -> tuple[FoundBuild | None, str, HotPathState | None]:
+async def current_state(
+    store: Store, path: HotPath[..., Any]
+) -> tuple[FoundBuild | None, SynapseError | None, HotPathState | None]:
     """The build of this machine (or None and why) and where it stands, if it has been called."""
+    build, problem = None, None
     try:
-        build, problem = path.native.find(), ""
+        build = path.native.find()
     except SynapseError as error:
-        build, problem = None, error.message
+        problem = error
     return build, problem, await store.find(HotPathState, name=path.name, build=build.id if build else NO_BUILD)
 
 
@@ -77,15 +86,19 @@ async def _status(store: Store, path: HotPath[..., Any], now: datetime) -> PathS
     native = _figures(tally.native, tally.native_answers, tally.error_rate, seconds)
     refused = tally.reference_errors / max(1, sum(tally.reference.values()) + tally.reference_errors)
     reference = _figures(tally.reference, tally.reference_answers, refused, seconds)
+    mode = _mode(rollout, build)
     return PathStatus(
         path=path.name,
         stage=stage.name,
-        share=stage.share if _mode(rollout, build) in ("automatic", "paused") else 0.0,
-        mode=_mode(rollout, build),
-        answered_by=_answered_by(newest),
+        share=stage.share if mode in ("automatic", "paused") else 0.0,
+        mode=mode,
+        answered_by=_answered_by(newest) if mode in ("automatic", "paused") else "reference",
         native_p50_ms=native.p50_ms,
         reference_p50_ms=reference.p50_ms,
-        reason=problem or rollout.problem or (rollout.reason if state is not None else "not called yet"),
+        reason=(problem.message if problem else "")
+        or rollout.problem
+        or (rollout.reason if state is not None else "not called yet"),
+        hint=(problem.hint if problem else "") or (stopped_hint(path.name) if rollout.stopped else ""),
         alerts=[alert.message for alert in alerts(tally)],
         build=build.id if build else "",
         native=native,

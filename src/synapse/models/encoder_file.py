@@ -6,14 +6,15 @@ are bounded, every claim of its files is checked against the others, and pickle 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from synapse.errors import NotFound
+from synapse.kernels.mapped_file import MappedFile
 from synapse.models.adapter_errors import LayerCorrupt, LayerRefused
 from synapse.models.encoder_config import (
     CONFIG_FILE,
@@ -74,7 +75,7 @@ class EncoderFile:
         self.folder = folder
         self.config: EncoderConfig = read_encoder_config(folder)
         self._data = _map_weights(folder)
-        self._slots = _read_slots(self._data)
+        self._slots = _read_slots(self._data.memory)
         _check_shapes(self.config, self._slots)
         self.tokenizer: EncoderTokenizer = load_encoder_tokenizer(folder, self.config)
 
@@ -96,7 +97,9 @@ class EncoderFile:
         return self._tensor(f"{prefix}.weight"), self._tensor(f"{prefix}.bias")
 
     def _tensor(self, name: str) -> NDArray[np.float32]:
-        values = read_tensor(self._data, self._slots[name])
+        values = read_tensor(self._data.memory, self._slots[name])
+        if self._data.lost:
+            raise ModelFileCorrupt(f"{WEIGHTS_FILE} was cut short while it was open", hint="get the model again")
         if not np.isfinite(values).all():
             raise ModelFileCorrupt(f"{WEIGHTS_FILE}: the tensor {name} holds NaN or infinite values")
         return values
@@ -121,11 +124,11 @@ def open_encoder_file(folder: Path, name: str | None = None) -> EncoderFile:
         raise type(error)(f"{name or folder.name}: {error.message}", hint=error.hint, path=str(folder)) from error
 
 
-def _map_weights(folder: Path) -> mmap.mmap:
+def _map_weights(folder: Path) -> MappedFile:
     path = folder / WEIGHTS_FILE
     try:
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return MappedFile(file)
     except FileNotFoundError as error:
         pickles = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLE_SUFFIXES)
         if pickles:
@@ -140,7 +143,7 @@ def _map_weights(folder: Path) -> mmap.mmap:
         raise ModelFileCorrupt(f"{WEIGHTS_FILE} cannot be read: {error}") from error
 
 
-def _read_slots(data: mmap.mmap) -> dict[str, TensorSlot]:
+def _read_slots(data: mmap) -> dict[str, TensorSlot]:
     """The tensors of the encoder itself, by their names without a prefix."""
     try:
         slots = read_header(data, WEIGHT_TYPES)

@@ -19,6 +19,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from synapse.errors import NotFound
+from synapse.kernels.fatal_signals import Guarded, guard
 from synapse.models.config import PROJECTIONS, ModelConfig, read_config
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 
@@ -57,9 +58,16 @@ class _Reader(GGUFReader):
     """`gguf`'s reader, made safe against hostile files and quick on long arrays.
 
     The original reads past the end without noticing, trusts every count, and takes seconds over a vocabulary.
+
+    Attributes:
+        guarded: whether the file was cut short under the map.
     """
 
+    guarded: Guarded | None = None
+
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> NDArray[Any]:
+        if self.guarded is None:  # the first thing that is read: the original has just mapped the file
+            self.guarded = guard(self.data._mmap)
         size, count = np.dtype(dtype).itemsize, int(count)
         if not 0 <= count * size <= len(self.data) - offset:
             raise ModelFileCorrupt(f"the file ends in the middle of something that starts at byte {int(offset)}")
@@ -146,9 +154,8 @@ class _Reader(GGUFReader):
 class ModelFile:
     """An open model: its configuration and metadata at hand, its weights read when asked for.
 
-    The file is memory-mapped, so it must not change while this object lives: the operating system kills a process
-    (SIGBUS) that reads a map beyond the end of a file which became shorter. Reading a weight looks first whether it
-    did, so only a file that shrinks in that moment does harm. Safe to use from several threads.
+    The file is memory-mapped, so it must not change while this object lives. One that became shorter is refused before
+    and after a weight is read of it. Safe to use from several threads.
 
     Attributes:
         path: where the file is.
@@ -162,6 +169,7 @@ class ModelFile:
         self.path = path
         self.metadata: Mapping[str, object] = {name: _value(field) for name, field in reader.fields.items()}
         self._size = len(reader.data)
+        self._guarded = reader.guarded
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in self._tensors.items()}
         factors = self._plain("rope_freqs.weight").reshape(-1).tolist() if "rope_freqs.weight" in shapes else []
@@ -181,7 +189,9 @@ class ModelFile:
             ModelFileCorrupt: the file has become shorter since it was opened.
         """
         self._check(name)
-        return self._half_split(name, self._plain(name))
+        values = self._half_split(name, self._plain(name))
+        self.check_whole()
+        return values
 
     def stored(self, name: str) -> NDArray[np.uint8]:
         """A matrix in blocks of its type, as the file has it: uint8[out, bytes of a row], with the rows as in `tensor`.
@@ -219,9 +229,17 @@ class ModelFile:
     def _check(self, name: str) -> None:
         if name not in self._tensors:
             raise NotFound(f"the model has no tensor {name!r}")
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """Refuse a file that was cut short: what `stored` gave of it before reads as zeros.
+
+        Raises:
+            ModelFileCorrupt: it has become shorter since it was opened.
+        """
         with suppress(FileNotFoundError):  # what was deleted stays whole while it is mapped
             size = self.path.stat().st_size
-            if size < self._size:
+            if size < self._size or (self._guarded is not None and self._guarded.lost):
                 raise ModelFileCorrupt(
                     f"{self.path.name} had {self._size} bytes when it was opened, and now has {size}",
                     hint="restore the file, and start again",

@@ -34,7 +34,8 @@ LONGEST_PATH = 200
 class RequestLog:
     """ASGI middleware: logs method, path, status, milliseconds and request id; answers with `X-Request-ID`.
 
-    The same is published as `server.request.finished`.
+    The same is published as `server.request.finished`, where the caller might ask at all: an event is written to the
+    disk, and whoever holds no key fills nobody's.
 
     A client's own `X-Request-ID` is kept when it is short and plain, so that it cannot write lines into the log.
     """
@@ -64,7 +65,7 @@ class RequestLog:
             finally:
                 method, path, seconds = scope["method"], scope["path"], time.perf_counter() - started
                 log.info("request", method=method, path=path, status=status, ms=round(seconds * 1000, 1))
-                if path not in UNPUBLISHED:
+                if "caller" in scope.get("state", {}) and path not in UNPUBLISHED:
                     path = path[:LONGEST_PATH]
                     request = RequestFinished(
                         method=method, path=path, status=status, seconds=seconds, request_id=request_id

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import struct
 import tempfile
@@ -24,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from synapse.errors import Corrupt, NotFound, Unavailable
+from synapse.kernels.mapped_file import MappedFile
 from synapse.vectors.codes import GROUP, Codes, Frame, Metric
 from synapse.vectors.scan import View
 
@@ -56,6 +56,7 @@ def write_view(path: Path, view: View) -> None:
 
     Raises:
         Unavailable: it cannot be written.
+        IndexDamaged: the view's own file was cut short under it.
     """
     arrays = _arrays(view)
     header = _Header(
@@ -67,6 +68,7 @@ def write_view(path: Path, view: View) -> None:
         frame_rows=view.frame.rows,
         sha256=[hashlib.sha256(array.data).hexdigest() for array in arrays],
     )
+    check_view(view)
     encoded = header.model_dump_json().encode()
     start = MAGIC + struct.pack("<Q", len(encoded)) + encoded
     start += hashlib.sha256(start).digest()
@@ -99,11 +101,12 @@ def read_view(path: Path) -> View:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if size else memoryview(b"")
+            mapped = MappedFile(file) if size else None
     except FileNotFoundError as error:
         raise NotFound(f"there is no index {path}") from error
     except OSError as error:
         raise Unavailable(f"the index {path} cannot be read: {error.strerror}") from error
+    content = memoryview(mapped.memory if mapped is not None else b"")
     header, offset = _read_header(path, content)
     arrays: list[np.ndarray[Any, Any]] = []
     layout = _layout(header.count, header.dim)
@@ -124,7 +127,20 @@ def read_view(path: Path) -> View:
     if len(np.unique(ids)) != len(ids):
         raise _damaged(path, "an id is in it twice")
     frame = Frame(centre, header.unit, header.frame_rows)
-    return View(header.metric, header.count, header.count, ids, vectors, norms, Codes(*codes), frame, None)
+    return View(header.metric, header.count, header.count, ids, vectors, norms, Codes(*codes), frame, None, mapped)
+
+
+def check_view(view: View) -> None:
+    """Refuse what was computed from a file that has been cut short under its map.
+
+    Raises:
+        IndexDamaged: it was.
+    """
+    if view.file is not None and view.file.lost:
+        raise IndexDamaged(
+            "the file of the pattern index was cut short, or its disk is gone, while it was open",
+            hint="close the index, make it anew and save it again",
+        )
 
 
 def _read_header(path: Path, content: memoryview) -> tuple[_Header, int]:

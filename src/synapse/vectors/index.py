@@ -29,7 +29,7 @@ from synapse.vectors.codes import (
     learn_frame,
     lengths,
 )
-from synapse.vectors.file import read_view, write_view
+from synapse.vectors.file import check_view, read_view, write_view
 from synapse.vectors.kernel import bind, examples, find
 from synapse.vectors.scan import Answer, Int64s, Scan, View, agrees, scan_reference
 
@@ -144,6 +144,7 @@ class PatternIndex:
         Raises:
             InvalidInput: k is no positive integer, or the queries do not fit (as in `add`).
             Conflict: the index is closed.
+            IndexDamaged: its file was cut short while it was open.
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise InvalidInput(f"k is a positive integer, not {k!r}")
@@ -155,6 +156,7 @@ class PatternIndex:
             mask = _allowed(view, allow)
             among = int(np.count_nonzero(mask))
         answer = self._scan(view, checked, min(int(k), among), mask)
+        check_view(view)
         return (answer[0][0], answer[1][0]) if single else answer
 
     def save(self, path: Path) -> None:

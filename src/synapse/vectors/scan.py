@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synapse.errors import InternalError
+from synapse.kernels.mapped_file import MappedFile
 from synapse.vectors.codes import SCORE_SLACK, SCORE_UNDERFLOW, Bytes, Codes, Float32s, Float64s, Frame, Metric
 
 Int64s = NDArray[np.int64]
@@ -48,6 +49,8 @@ class View:
     frame: Frame
     mask: Bytes | None
     """[count]: 1 for rows that are there, 0 for removed ones; None when all are there."""
+    file: MappedFile | None = None
+    """What the arrays lie in, where they are not in memory."""
 
 
 Scan = Callable[[View, Float32s, int, "Bytes | None"], Answer]

@@ -85,7 +85,7 @@ async def test_a_message_that_ends_every_process_that_has_it_is_dead_at_last_and
         while len(found) < 5:
             found += await log.claim("workers", f"process {attempt}", 5, Tract.INTERNAL)
             await asyncio.sleep(0.005)
-        assert {delivery.attempt for delivery in found} == {attempt}
+        assert {(delivery.attempt, delivery.deliveries) for delivery in found} == {(1, attempt)}
         await asyncio.sleep(0.03)
     seen = Seen()
     async with Bus(log=log) as bus:
@@ -94,8 +94,49 @@ async def test_a_message_that_ends_every_process_that_has_it_is_dead_at_last_and
         assert await bus.drain(20)
         assert sorted(seen.texts) == ["0", "1", "2", "3"]
         (letter,) = await bus.dead()
-    assert (said([letter]), letter.reason, letter.attempts) == (["deadly"], "failed", 11)
+    assert (said([letter]), letter.reason, letter.attempts) == (["deadly"], "failed", 1)
     assert letter.error == "10 deliveries of it ended without an outcome"
+
+
+async def test_what_waits_behind_a_slow_handler_while_consumers_come_and_go_has_all_its_attempts(log: Log) -> None:
+    sent = [str(number) for number in range(8)]
+    gate = Gate()
+    for _ in range(6):  # more often than a message may fail
+        async with Bus(log=log) as bus:
+            bus.subscribe("test.noted", gate, group="workers", lease_s=0.1)
+            if not gate.begun:
+                await bus.publish_many([note(name) for name in sent])
+            begun = len(gate.begun)
+            await until(lambda begun=begun: len(gate.begun) > begun)  # type: ignore[misc]
+            await asyncio.sleep(0.15)  # the lease ends while they wait
+
+    failed: list[str] = []
+    seen = Seen()
+
+    def fails_once(message: Message) -> None:
+        if text(message) not in failed:
+            failed.append(text(message))
+            raise ValueError("not yet")
+        seen(message)
+
+    async with Bus(log=log) as bus:
+        quick = Retry(2, Backoff(base_s=0.01, cap_s=0.01))
+        bus.subscribe("test.noted", fails_once, group="workers", lease_s=5, retry=quick)
+        await until(lambda: len(seen.texts) == len(sent))
+        assert sorted(seen.texts) == sent
+        assert await bus.dead() == []
+
+
+async def test_a_bus_that_closes_gives_back_at_once_what_it_has_not_handled(log: Log) -> None:
+    gate, seen = Gate(), Seen()
+    async with Bus(log=log) as bus:
+        bus.subscribe("test.noted", gate, group="workers", lease_s=600)
+        await bus.publish_many([note(str(number)) for number in range(5)])
+        await until(lambda: gate.begun)
+    async with Bus(log=log) as bus:
+        bus.subscribe("test.noted", seen, group="workers", lease_s=600)
+        await until(lambda: len(seen.texts) == 5)
+        assert sorted(seen.texts) == ["0", "1", "2", "3", "4"]
 
 
 async def test_what_a_person_waits_for_overtakes_a_backlog_in_the_log(log: Log) -> None:

@@ -250,8 +250,8 @@ async def test_whoever_waits_hears_of_a_retry_that_is_due_and_a_lease_that_has_e
     (delivery,) = await claim(log)
     await log.retry("g", delivery, SHORT)
     async with asyncio.timeout(20):
-        assert [d.attempt for d in await claim_after_change(log)] == [2]
-        assert [d.attempt for d in await claim_after_change(log)] == [3]
+        assert [d.deliveries for d in await claim_after_change(log)] == [2]
+        assert [d.deliveries for d in await claim_after_change(log)] == [3]
 
 
 async def test_a_change_between_a_claim_and_the_wait_for_it_is_not_missed(log: Log) -> None:

@@ -76,7 +76,7 @@ async def test_a_message_is_pending_until_it_is_acknowledged(log: Log) -> None:
     await log.acknowledge("g", deliveries[:1])
     await asyncio.sleep(SHORT * 1.5)
     (again,) = await claim_until_some(log)
-    assert (said([again]), again.attempt) == (["2"], 2)
+    assert (said([again]), again.attempt, again.deliveries) == (["2"], 1, 2)
     await log.acknowledge("g", [again])
     await asyncio.sleep(SHORT * 1.5)
     assert await claim(log) == []
@@ -122,6 +122,29 @@ async def test_a_retry_is_delivered_when_it_is_due_before_what_is_new(log: Log) 
     await log.retry("g", third, 0)
     (fourth,) = await claim(log)
     assert fourth.attempt == 3
+
+
+async def test_what_nobody_has_begun_is_given_back_at_once_and_counts_for_nothing(log: Log) -> None:
+    await log.join("g", "**", lease_s=SHORT)
+    await log.append([note("1"), note("2"), note("3")])
+    for _ in range(3):
+        found = await claim(log)
+        assert said(found) == ["1", "2", "3"], "at once, and in their order"
+        assert {(one.attempt, one.deliveries) for one in found} == {(1, 1)}
+        await log.release("g", found)
+    await log.release("g", found)
+    (group,) = (await log.stats()).groups
+    assert (group.redelivered, group.pending, group.waiting) == (0, 3, 0)
+
+    late = await claim(log)
+    await asyncio.sleep(SHORT * 1.5)
+    await log.join("g", "**", lease_s=LONG)
+    now = await claim_until_some(log)
+    await log.release("g", late)
+    assert await claim(log) == [], "who comes late takes nothing away"
+    await log.retry("g", now[0], 0)
+    (again,) = await claim(log)
+    assert (said([again]), again.attempt, again.deliveries) == (["1"], 2, 3)
 
 
 async def test_a_retry_does_not_come_early(log: Log) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from support.hotpath_kernels import CRASH
+from support.hotpath_kernels import CRASH, HANG
 from synapse.commands import Context
 from synapse.config import Settings
 from synapse.hotpath import NativeSide
+from synapse.hotpath.guard.flight_recorder import FIRST_SLOT
 from synapse.hotpath.rollout.entities import HotPathState
+from synapse.hotpath.rollout.plan import KILLED_TO_SUSPEND
 from synapse.hotpath.rollout.watch import INTERVAL
 from synapse.store import open_store
 
@@ -122,7 +124,7 @@ async def test_a_crash_after_the_burn_in_costs_one_process_and_the_build_is_quar
     third = Program(settings, library)
     said = "\n".join(third.log)
     assert "hotpath.quarantined" in said
-    assert f"process {first.process.pid} died while it was running" in said
+    assert f"process {first.process.pid} died of SIGSEGV while it was running" in said
     assert third.call(CRASH) == CRASH, "the reference answers"
     state = await state_in(settings)
     assert (state.mode, state.stage) == ("quarantined", 0)
@@ -132,6 +134,40 @@ async def test_a_crash_after_the_burn_in_costs_one_process_and_the_build_is_quar
     for program in (second, third):
         program.end()
     assert not list((settings.home / "hotpath").glob("*.flight"))
+
+
+def kill_while_it_runs(program: Program, settings: Settings) -> None:
+    """As the system does when the memory is full: with the kernel running."""
+    program.send(HANG)
+    (file,) = (settings.home / "hotpath").glob(f"{program.process.pid}-*")
+    with file.open("rb") as opened:
+        while not any(opened.read()[FIRST_SLOT:]):
+            opened.seek(0)
+    program.process.kill()
+    assert program.process.wait(30) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+async def test_processes_that_are_killed_while_the_kernel_runs_suspend_it_only_when_there_are_many(
+    settings: Settings, kernel: Callable[..., NativeSide]
+) -> None:
+    library = kernel().find().library
+    for killed in range(KILLED_TO_SUSPEND):
+        program = Program(settings, library)
+        said = "\n".join(program.log)
+        assert ("hotpath.killed" in said) is (killed > 0), said
+        state = await state_in(settings)
+        assert (state.mode, state.burn_in) == ("automatic", 200), "once or twice is chance: it answers"
+        kill_while_it_runs(program, settings)
+
+    last = Program(settings, library)
+    said = "\n".join(last.log)
+    assert "warning" in said
+    assert "hotpath.suspended" in said
+    assert "`synapse hotpath clear total`" in said
+    assert last.call(HANG) == HANG, "the reference answers"
+    assert (await state_in(settings)).mode == "suspended"
+    last.end()
 
 
 async def test_what_was_counted_is_kept_when_a_process_ends(

@@ -203,6 +203,30 @@ def test_the_bounds_that_the_guide_states() -> None:
     assert [missed_at_most(stage.compare) for stage in STAGES[1:]] == [0, 89, 458]
 
 
+def test_processes_that_are_killed_suspend_a_kernel_for_a_while_when_there_are_many_of_them() -> None:
+    def killed(rollout: Rollout, minutes: int) -> tuple[Rollout, list[str]]:
+        now = START + timedelta(minutes=minutes)
+        rollout, changes = observe(rollout, Tally(killed=1), now, faults=Faults(killed="it was killed"))
+        return rollout, [change.kind for change in changes]
+
+    rollout, kinds = killed(at_stage("full"), 1)
+    assert (rollout.mode, kinds) == ("automatic", ["killed"])
+    for minutes in range(80, 80 * 20, 80):
+        rollout, kinds = killed(rollout, minutes)
+        assert (rollout.mode, kinds) == ("automatic", ["killed"]), "what was an hour ago has faded"
+    for minutes in (1600, 1610, 1620):
+        rollout, kinds = killed(rollout, minutes)
+    assert (rollout.mode, kinds, rollout.stage) == ("suspended", ["suspended"], 3)
+    with pytest.raises(Conflict):
+        promote(rollout, START)
+    rollout, changes = observe(rollout, Tally(), START + timedelta(minutes=1679))
+    assert (rollout.mode, changes) == ("suspended", ())
+    rollout, changes = observe(rollout, Tally(), START + timedelta(minutes=1680))
+    assert (rollout.mode, rollout.stage, rollout.burned_in) == ("automatic", 3, True), "it goes on where it was"
+    assert [change.kind for change in changes] == ["resumed"]
+    assert killed(rollout, 1681)[1] == ["killed"], "and from nothing"
+
+
 @dataclass
 class Model:
     """The same rules, written down as plainly as possible."""

@@ -6,7 +6,8 @@ The contract of every backend; `tests/callosum/log/test_contract.py` holds each 
   loses none of them. A message whose key was accepted before is not accepted again.
 - A group gets every message that matches its pattern and was accepted after it joined (or from the first one kept),
   at least once, in the order of acceptance within a tract; each goes to one consumer of the group at a time.
-- A delivery that is neither acknowledged, retried nor buried within the group's lease is delivered again.
+- A delivery that is neither acknowledged, retried, released nor buried within the group's lease is delivered again.
+  Only what a handler has failed at (`retry`) counts as an attempt: being delivered does not.
 - What nobody handles is not lost: `bury` keeps it as a dead letter until it is replayed or dropped.
 - Who comes late takes nothing away: acknowledging a delivery that has gone to another meanwhile still counts as
   handled, retrying or burying it does nothing.
@@ -42,12 +43,18 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A message that one consumer of a group has now. `attempt` is 1 the first time."""
+    """A message that one consumer of a group has now.
+
+    Attributes:
+        token: what the log knows the delivery by.
+        attempt: 1, and 1 more for each time that `retry` was asked for.
+        deliveries: how often it was delivered and not released, this time included.
+    """
 
     token: str
-    """What the log knows the delivery by."""
     message: Message
     attempt: int
+    deliveries: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +142,10 @@ class Log(Protocol):
 
     async def retry(self, group: str, delivery: Delivery, after_s: float) -> None:
         """Deliver it again, in so many seconds or later, with `attempt` one higher."""
+        ...
+
+    async def release(self, group: str, deliveries: Sequence[Delivery]) -> None:
+        """Nobody has begun to handle them: deliver them again, at once, as if this delivery had not been."""
         ...
 
     async def bury(self, group: str, delivery: Delivery, reason: Reason, error: str) -> None:

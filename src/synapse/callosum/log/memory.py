@@ -29,7 +29,8 @@ from synapse.errors import InvalidInput, Unavailable
 @dataclass(slots=True)
 class _Pending:
     message: Message
-    attempt: int
+    failures: int
+    deliveries: int
     due: float
     """When it may be delivered again: the end of the lease, or of the pause before a retry."""
     claim: int = 0
@@ -115,14 +116,14 @@ class MemoryLog:
         found = sorted(number for number, one in mine.pending.items() if one.due <= now and one.message.tract == tract)[
             : max(0, limit)
         ]
-        mine.redelivered += sum(mine.pending[number].attempt > 0 for number in found)
+        mine.redelivered += sum(mine.pending[number].deliveries > 0 for number in found)
         found += self._new_for(mine, limit - len(found), tract)
         self._claims += 1
         deliveries = []
         for number in found:
             one = mine.pending[number]
-            one.attempt, one.due, one.claim = one.attempt + 1, now + mine.lease_s, self._claims
-            deliveries.append(Delivery(f"{number}-{one.claim}", one.message, one.attempt))
+            one.deliveries, one.due, one.claim = one.deliveries + 1, now + mine.lease_s, self._claims
+            deliveries.append(Delivery(f"{number}-{one.claim}", one.message, one.failures + 1, one.deliveries))
         return deliveries
 
     async def acknowledge(self, group: str, deliveries: Sequence[Delivery]) -> None:
@@ -136,8 +137,16 @@ class MemoryLog:
         self._check_open()
         _, pending = self._held(group, delivery)
         if pending:
-            pending.due, pending.claim = self._clock() + after_s, 0
+            pending.due, pending.claim, pending.failures = self._clock() + after_s, 0, pending.failures + 1
             self._changes.note()
+
+    async def release(self, group: str, deliveries: Sequence[Delivery]) -> None:
+        self._check_open()
+        for delivery in deliveries:
+            _, pending = self._held(group, delivery)
+            if pending:
+                pending.due, pending.claim, pending.deliveries = 0.0, 0, pending.deliveries - 1
+                self._changes.note()
 
     async def bury(self, group: str, delivery: Delivery, reason: Reason, error: str) -> None:
         self._check_open()
@@ -148,7 +157,7 @@ class MemoryLog:
             letter = str(self._buried)
             self._dead[letter] = (
                 number,
-                DeadLetter(letter, group, reason, error, pending.attempt, self._clock(), pending.message),
+                DeadLetter(letter, group, reason, error, pending.failures + 1, self._clock(), pending.message),
             )
 
     async def dead(self, limit: int = 100) -> list[DeadLetter]:
@@ -165,7 +174,7 @@ class MemoryLog:
                 raise no_group(group)
         for one in wanted:
             number, letter = self._dead.pop(one)
-            self._groups[letter.group].pending.setdefault(number, _Pending(letter.message, 0, 0.0))
+            self._groups[letter.group].pending.setdefault(number, _Pending(letter.message, 0, 0, 0.0))
         self._changes.note()
         return len(wanted)
 
@@ -248,7 +257,7 @@ class MemoryLog:
             message = self._messages[number]
             group.cursors[tract] = number
             if message.tract == tract and matches(message.topic) and number not in group.pending:
-                group.pending[number] = _Pending(message, 0, 0.0)
+                group.pending[number] = _Pending(message, 0, 0, 0.0)
                 found.append(number)
         return found
 

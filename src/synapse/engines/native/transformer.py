@@ -78,13 +78,14 @@ class NativeTransformer:
         same tokens whether or not chance has picked a step of it.
 
         Raises:
-            Unavailable: the engine is closed.
+            Unavailable: the engine is closed, or its weights were cut short on the disk.
         """
         model = self._model
         if model is None:
             raise Unavailable("the engine is closed", hint="open it again")
         try:
             answer = forward(model, tuple(chunks), cache)
+            model.packed.check()
             if model.put_back is not None and PATHS[PATH].native_answered:
                 model.put_back()
             return answer
@@ -123,7 +124,7 @@ def open_native(
     if not state.native:
         raise Unavailable(
             f"the native engine is not ready: {state.why}",
-            hint="`synapse kernels build engine`, then `synapse hotpath status`",
+            hint=state.hint or "`synapse hotpath status` says how it stands",
         )
     packed = open_packed(file, source_sha256(file.path, folder), folder, quantisation)
     try:

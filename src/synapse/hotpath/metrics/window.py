@@ -34,6 +34,7 @@ class Tally:
         fallbacks: calls that belonged to the kernel and were answered by the reference.
         wrong: native answers that did not agree with the reference.
         shadowed: native answers that were computed beside the reference and not given to the caller.
+        killed: processes that were killed while they ran the kernel.
     """
 
     native: Counts = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Tally:
     fallbacks: int = 0
     wrong: int = 0
     shadowed: int = 0
+    killed: int = 0
 
     @property
     def native_runs(self) -> int:
@@ -105,6 +107,7 @@ class Tally:
             fallbacks=self.fallbacks + other.fallbacks,
             wrong=self.wrong + other.wrong,
             shadowed=self.shadowed + other.shadowed,
+            killed=self.killed + other.killed,
         )
 
 

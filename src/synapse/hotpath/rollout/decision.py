@@ -23,6 +23,7 @@ class Decision:
         slots, number: where the flight recorder notes a run, and the number of the build.
         child: the process that runs the kernel instead of this one, during the burn-in.
         why: the reason, for people.
+        hint: what somebody can do who wants the kernel to answer; empty where nothing.
     """
 
     native: Callable[..., Any] | None
@@ -32,11 +33,12 @@ class Decision:
     number: int
     child: Sacrifice | None
     why: str
+    hint: str = ""
 
 
-def reference_only(why: str, *, below: int = 0) -> Decision:
+def reference_only(why: str, *, below: int = 0, hint: str = "") -> Decision:
     """The reference answers. `below` counts what the kernel would have answered as fallbacks."""
-    return Decision(None, below, 0.0, None, 0, None, why)
+    return Decision(None, below, 0.0, None, 0, None, why, hint)
 
 
 UNDECIDED = reference_only("the state of the rollout has not been read yet")

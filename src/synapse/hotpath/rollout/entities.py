@@ -28,6 +28,7 @@ class TallyRecord(Value):
     fallbacks: Count = 0
     wrong: Count = 0
     shadowed: Count = 0
+    killed: Count = 0
 
 
 class SliceRecord(Value):
@@ -101,7 +102,7 @@ def fields_of(rollout: Rollout) -> dict[str, object]:
 
 
 HISTOGRAMS = ("native", "reference", "paired_native", "paired_reference")
-COUNTS = ("errors", "reference_errors", "fallbacks", "wrong", "shadowed")
+COUNTS = ("errors", "reference_errors", "fallbacks", "wrong", "shadowed", "killed")
 
 
 def _record(tally: Tally) -> TallyRecord:

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from synapse.errors import Conflict, InvalidInput
-from synapse.hotpath.metrics.window import NOTHING, Tally, Window, extended, since
+from synapse.hotpath.metrics.window import NOTHING, Tally, Window, combined, extended, since
 from synapse.hotpath.news import Kind
 
 ROLLBACK_ERROR_RATE = 0.05
@@ -22,6 +22,12 @@ ROLLBACK_SAMPLES = 50
 
 BURN_IN_CALLS = 200
 """Answers that a build gives in a process of its own before it may run in ours."""
+
+
+KILLED_TO_SUSPEND = 3
+"""Processes killed while they ran the kernel, within the window, that suspend it: it may be what fills the memory."""
+SUSPENSION = timedelta(hours=1)
+"""So long a suspended kernel answers nothing; then it goes on where it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ STAGES: Plan = (
 )
 """The default plan. The last stage has nowhere to go: its dwell time and samples are not looked at."""
 
-Mode = Literal["automatic", "paused", "held", "quarantined"]
+Mode = Literal["automatic", "paused", "held", "quarantined", "suspended"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,8 @@ class Rollout:
     Attributes:
         stage: index into the plan.
         mode: `automatic` moves by itself; `paused` only goes back; `held` (it answered wrongly) and `quarantined` (it
-            crashed or hung) answer nothing until somebody clears them.
+            crashed or hung) answer nothing until somebody clears them; `suspended` (processes that ran it were killed)
+            answers nothing for a while.
         entered: when the stage was entered.
         samples: native runs since then.
         burn_in: answers it has given in a process of its own, up to `BURN_IN_CALLS`.
@@ -96,7 +103,7 @@ class Rollout:
     @property
     def stopped(self) -> bool:
         """Whether the kernel may answer nothing at all."""
-        return self.mode in ("held", "quarantined")
+        return self.mode in ("held", "quarantined", "suspended")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +127,14 @@ class Faults:
         crash, wrong: how the kernel crashed or hung, and how an answer was wrong; empty when neither happened.
         burned: answers given in the burn-in.
         problem: why the build cannot be opened, empty when it can, None when nothing new is known about that.
+        killed: how a process was killed while it ran the kernel; empty when none was.
     """
 
     crash: str = ""
     wrong: str = ""
     burned: int = 0
     problem: str | None = None
+    killed: str = ""
 
     def __add__(self, other: Faults) -> Faults:
         return Faults(
@@ -133,6 +142,7 @@ class Faults:
             self.wrong or other.wrong,
             self.burned + other.burned,
             self.problem if other.problem is None else other.problem,
+            self.killed or other.killed,
         )
 
 
@@ -147,9 +157,10 @@ def begin(now: datetime) -> Rollout:
 def observe(rollout: Rollout, tally: Tally, now: datetime, *, faults: Faults = NO_FAULTS, plan: Plan = STAGES) -> Step:
     """Count what happened until now, and move if that is called for.
 
-    A crash quarantines at once. A wrong answer sends to the first stage and holds. An error rate above
-    `ROLLBACK_ERROR_RATE` in the window sends one stage back. Otherwise the build moves on when everything that its
-    stage asks for is there. At most one of these happens at a time.
+    A crash quarantines at once; `KILLED_TO_SUSPEND` processes killed in the window suspend for a while. A wrong answer
+    sends to the first stage and holds. An error rate above `ROLLBACK_ERROR_RATE` in the window sends one stage back.
+    Otherwise the build moves on when everything that its stage asks for is there. At most one of these happens at a
+    time.
     """
     stage = min(rollout.stage, len(plan) - 1)  # the plan of a newer version may be shorter
     counted = replace(
@@ -161,11 +172,8 @@ def observe(rollout: Rollout, tally: Tally, now: datetime, *, faults: Faults = N
         problem=rollout.problem if faults.problem is None else faults.problem,
     )
     counted, changes = _burn(counted, faults.burned)
-    if faults.crash and counted.mode != "quarantined":
-        return _stopped(counted, "quarantined", faults.crash, now)
-    if (tally.wrong or faults.wrong) and not counted.stopped:
-        reason = faults.wrong or f"{tally.wrong} answers did not agree with the reference"
-        return _stopped(counted, "held", reason, now)
+    if stopped := _stop(counted, tally, faults, now):
+        return stopped
     if counted.stopped:
         return counted, changes
     lately = since(counted.window, counted.entered)
@@ -178,6 +186,21 @@ def observe(rollout: Rollout, tally: Tally, now: datetime, *, faults: Faults = N
         moved = _moved(counted, stage + 1, reason, now)
         return moved, (*changes, Change("promoted", stage, stage + 1, reason))
     return counted, changes
+
+
+def _stop(rollout: Rollout, tally: Tally, faults: Faults, now: datetime) -> Step | None:
+    """What stops the kernel from answering, or lets a suspended one answer again; None where nothing of it happened."""
+    if faults.crash and rollout.mode != "quarantined":
+        return _stopped(rollout, "quarantined", faults.crash, now)
+    if (tally.wrong or faults.wrong) and not (rollout.stopped and rollout.mode != "suspended"):
+        reason = faults.wrong or f"{tally.wrong} answers did not agree with the reference"
+        return _stopped(rollout, "held", reason, now)
+    if rollout.mode == "suspended" and now - rollout.entered >= SUSPENSION:
+        resumed = replace(rollout, mode="automatic", entered=now, window=(), reason="the suspension is over")
+        return resumed, (Change("resumed", rollout.stage, rollout.stage, resumed.reason),)
+    if faults.killed and not rollout.stopped:
+        return _killed(rollout, faults.killed, now)
+    return None
 
 
 def lacking(rollout: Rollout, now: datetime, *, plan: Plan = STAGES) -> tuple[str, ...]:
@@ -289,6 +312,16 @@ def _moved(rollout: Rollout, stage: int, reason: str, now: datetime) -> Rollout:
 def _stopped(rollout: Rollout, mode: Literal["held", "quarantined"], reason: str, now: datetime) -> Step:
     stopped = replace(_moved(rollout, 0, reason, now), mode=mode)
     return stopped, (Change(mode, rollout.stage, 0, reason),)
+
+
+def _killed(rollout: Rollout, how: str, now: datetime) -> Step:
+    """A process was killed while it ran the kernel: that may be chance, and is not when it happens again and again."""
+    times = combined(part.tally for part in rollout.window).killed
+    reason = f"{how}, {times} of {KILLED_TO_SUSPEND} times in an hour that suspend it"
+    if times < KILLED_TO_SUSPEND:
+        return rollout, (Change("killed", rollout.stage, rollout.stage, reason),)
+    suspended = replace(rollout, mode="suspended", entered=now, reason=f"{reason} until {now + SUSPENSION:%H:%M} UTC")
+    return suspended, (Change("suspended", rollout.stage, rollout.stage, suspended.reason),)
 
 
 def _not_stopped(rollout: Rollout) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,9 +11,9 @@ from typing import Any
 
 from synapse.errors import SynapseError
 from synapse.hotpath.call import HotPath
-from synapse.hotpath.guard.flight_recorder import FlightRecorder, wrecks
-from synapse.hotpath.metrics.window import NOTHING, Alert, alerts, combined
-from synapse.hotpath.news import News, log, tell
+from synapse.hotpath.guard.flight_recorder import FlightRecorder, deaths
+from synapse.hotpath.metrics.window import NOTHING, Alert, Tally, alerts, combined
+from synapse.hotpath.news import News, log, stopped_hint, tell
 from synapse.hotpath.paths import PATHS
 from synapse.hotpath.rollout.decision import BUCKETS, Decision, reference_only
 from synapse.hotpath.rollout.flags import Flags, evaluate
@@ -38,7 +39,7 @@ class Standing:
     """What the supervisor knows about one hot path.
 
     Attributes:
-        build: its build, or None; then `problem` says why.
+        build: its build, or None; then `problem` says why, and `hint` what helps.
         opened: the kernel, opened in this process.
         child: the process of the burn-in.
         rollout, alerts: as of the last time.
@@ -47,6 +48,7 @@ class Standing:
 
     build: FoundBuild | None = None
     problem: str = ""
+    hint: str = ""
     opened: Callable[..., Any] | None = None
     child: Sacrifice | None = None
     rollout: Rollout | None = None
@@ -77,9 +79,6 @@ class Supervisor:
             folder: where flight recorders are kept; it exists.
             clock: what time it is, for dwell times and windows.
             call_seconds: how long a call in the burn-in may take.
-
-        Raises:
-            OSError: the flight recorder cannot be made.
         """
         self.standings: dict[str, Standing] = {}
         self._folder = folder
@@ -87,6 +86,7 @@ class Supervisor:
         self._clock = clock
         self._call_seconds = call_seconds
         self._recorder: FlightRecorder | None = None
+        self._recorder_problem = ""
 
     async def sync(self, store: Store) -> None:
         """Bring store, flags and decisions together. It blocks while a child starts: give it a loop of its own.
@@ -104,6 +104,7 @@ class Supervisor:
                 await self._count(store, path, standing)
                 decision = self._decide(path, standing)
             path.decide(decision)
+        self._check_recorder()
 
     async def flush(self, store: Store) -> None:
         """Only keep what was counted: the process is about to end. Raises as `sync`."""
@@ -131,25 +132,37 @@ class Supervisor:
         if self._recorder is not None:
             self._recorder.abandon()
 
+    def _check_recorder(self) -> None:
+        """Say once that a crash of this process would not be known afterwards."""
+        problem = self._recorder.problem if self._recorder is not None else ""
+        if problem and problem != self._recorder_problem:
+            log.warning("hotpath.not_recorded", message=problem, hint="make room, then start this process again")
+        self._recorder_problem = problem
+
     async def _blame(self, store: Store) -> None:
-        """Quarantine what was running in processes that died. The wreck is removed when the store knows."""
-        for wreck in wrecks(self._folder):
-            for culprit in wreck.culprits:
-                path = self._paths.get(culprit.path)
-                reason = f"process {culprit.process} died while it was running"
-                subject = Subject(culprit.path, culprit.build, path.plan if path is not None else STAGES)
-                _, news = await advance(store, subject, NOTHING, Faults(crash=reason), self._clock())
+        """Hold what was running in processes that died against it. A file is removed when the store knows."""
+        for death in deaths(self._folder):
+            for running in death.running:
+                path = self._paths.get(running.path)
+                subject = Subject(running.path, running.build, path.plan if path is not None else STAGES)
+                if death.signal is not None:
+                    how = f"process {death.process} died of {signal.Signals(death.signal).name} while it was running"
+                    tally, faults = NOTHING, Faults(crash=how)
+                else:
+                    how = f"process {death.process} was killed while it was running"
+                    tally, faults = Tally(killed=1), Faults(killed=how)
+                _, news = await advance(store, subject, tally, faults, self._clock())
                 _tell(news)
-            wreck.remove()
+            death.remove()
 
     def _find(self, path: HotPath[..., Any], standing: Standing) -> None:
         """Look for the build, until there is one. It stays the same for as long as this process lives."""
         if standing.build is None:
             try:
                 standing.build = path.native.find()
-                standing.problem = ""
+                standing.problem = standing.hint = ""
             except (SynapseError, OSError) as error:
-                standing.problem = str(error)
+                standing.problem, standing.hint = str(error), getattr(error, "hint", None) or ""
 
     async def _count(self, store: Store, path: HotPath[..., Any], standing: Standing) -> None:
         """Keep what was counted and found, and learn where the rollout stands."""
@@ -177,13 +190,13 @@ class Supervisor:
         rollout, build = standing.rollout, standing.build
         assert rollout is not None  # noqa: S101 (counted before)
         if build is None:
-            return reference_only(standing.problem)
+            return reference_only(standing.problem, hint=standing.hint)
         own = Flags(path.plan[rollout.stage].name, python_forced(), rollout.mode == "quarantined")
         flags = evaluate(path.name, build.id, own)
         veto = _veto(own, flags, rollout)
         if veto:
             standing.close()
-            return reference_only(veto)
+            return reference_only(veto, hint=stopped_hint(path.name) if rollout.stopped else "")
         names = [stage.name for stage in path.plan]
         if flags.stage not in names and standing.unknown_stage != flags.stage:
             standing.unknown_stage = flags.stage

@@ -19,6 +19,8 @@ from synapse.store import Store, open_store
 
 INTERVAL = 5.0
 """Seconds between two looks at store and flags: what another process has decided holds here after at most this long."""
+FOLDER = "hotpath"
+"""Where flight recorders are, in the home."""
 LAST_SECONDS = 5.0
 """Seconds that the end of the process waits for what was counted to be kept."""
 
@@ -31,13 +33,8 @@ class Watch:
     """
 
     def __init__(self, settings: Settings, *, interval: float = INTERVAL) -> None:
-        """Start watching.
-
-        Raises:
-            Unavailable: the home folder cannot be made.
-            OSError: nothing can be written in it.
-        """
-        self.supervisor = Supervisor(settings.folder("hotpath"))
+        """Start watching. What stands in its way now, such as a store that is locked, is tried again every interval."""
+        self.supervisor = Supervisor(settings.home / FOLDER)
         self._settings = settings
         self._interval = interval
         self._wake = threading.Event()
@@ -85,6 +82,7 @@ class Watch:
         while not self._stopping:
             asked = self._asked
             try:
+                self._settings.folder(FOLDER)
                 async with Context(self._settings) as context:
                     await self._rounds(await context.get(open_store))
             except (SynapseError, OSError) as error:
@@ -122,19 +120,20 @@ class Watch:
 
 _lock = threading.Lock()
 _watch: Watch | None = None
-_failed = False
+_complaint = ""
 
 
 def ensure_watched() -> Watch | None:
-    """The watch of this process, started if need be. When it cannot start, that is logged once and Python answers."""
-    global _watch, _failed  # noqa: PLW0603 (one a process)
+    """The watch of this process, started if need be. Without settings it cannot start: that is logged once."""
+    global _watch, _complaint  # noqa: PLW0603 (one a process)
     with _lock:
-        if _watch is None and not _failed:
+        if _watch is None:
             try:
                 _watch = Watch(load_settings())
-            except (SynapseError, OSError) as error:
-                log.warning("hotpath.not_watched", message=str(error))
-                _failed = True
+            except SynapseError as error:
+                if str(error) != _complaint:
+                    log.warning("hotpath.not_watched", message=str(error), hint=error.hint)
+                _complaint = str(error)
         return _watch
 
 

@@ -1,8 +1,8 @@
 """A feed: brings a group's messages from a durable log to the queue of one consumer, and their outcomes back.
 
 It claims a few messages at a time, so that the rest stay in the log for the group's other consumers: as many as were
-handled lately in an eighth of the lease. What is not handled before its lease ends is left to whom the log gives it
-next.
+handled lately in an eighth of the lease. What the handler has not begun when its lease is about to end, or when the
+feed ends, goes back to the log, and that it was here counts for nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from synapse.callosum.router.router import Full
 from synapse.errors import SynapseError, Unavailable
 
 FIRST_CLAIM, LARGEST_CLAIM = 16, 256
+RELEASE_S = 1.0
+"""Seconds that giving back what is left may take at the end."""
 LOST = 5
 """Deliveries without any outcome, beyond the attempts of a retry, after which a message counts as what ends its
 handler's process."""
@@ -133,8 +135,13 @@ class Feed:
         self._more.set()
 
     async def stop(self) -> None:
-        """End. What was claimed and not handled is delivered again when its lease has ended."""
+        """End. What was claimed and not handled is given back at once; where the log is away, its lease ends it."""
         self._watcher.leave(self._more)
+        left = [claimed.delivery for claimed in (*self._waiting.values(), *self._running.values())]
+        if left and self.joined:
+            with suppress(Exception):  # the log is away, or a client of it is broken: there is nothing left to try
+                async with asyncio.timeout(RELEASE_S):
+                    await self._log.release(self._membership.group, left)
         self._closing = self._stopping = True  # too: a client of a server may not heed being cancelled
         for task in self._tasks:
             task.cancel()
@@ -153,7 +160,7 @@ class Feed:
         self._running[message] = claimed
         if self._loop.time() - claimed.at < 0.9 * self._membership.lease_s:
             return True
-        self._gone(message)
+        self._release(self._gone(message))
         return False
 
     def handled(self, message: Message) -> None:
@@ -185,6 +192,11 @@ class Feed:
         delivery = self._gone(message)
         if delivery is not None:
             self._die(delivery, "deadline", "its deadline passed while it waited")
+
+    def _release(self, delivery: Delivery | None) -> None:
+        """Give back what the handler has not begun."""
+        if delivery is not None:
+            self._step(partial(self._log.release, self._membership.group, [delivery]))
 
     def _die(self, delivery: Delivery, reason: Reason, error: str) -> None:
         handled = delivery.attempt if reason == "failed" else delivery.attempt - 1
@@ -260,12 +272,12 @@ class Feed:
                 found += 1
                 if delivery is deadly:
                     self._gone(message)
-                    self._die(delivery, "failed", f"{delivery.attempt - 1} deliveries of it ended without an outcome")
+                    self._die(delivery, "failed", f"{_lost(delivery)} deliveries of it ended without an outcome")
                     continue
                 try:
                     self._put(message)
                 except Full:  # of what was delivered twice: the log delivers it again
-                    self._gone(message)
+                    self._release(self._gone(message))
         return found
 
     def _deadly(self, claimed: Sequence[Delivery]) -> Delivery | None:
@@ -274,7 +286,7 @@ class Feed:
         It ended the processes that had it, and those claimed beside it came to nothing too: they get another chance.
         """
         most = self._retry.attempts + LOST
-        suspects = [delivery for delivery in claimed if delivery.attempt > most]
+        suspects = [delivery for delivery in claimed if _lost(delivery) >= most]
         return max(suspects, key=lambda delivery: delivery.message.lane % LANES, default=None)
 
     async def _news(self) -> None:
@@ -318,3 +330,8 @@ class Feed:
     def _complain(self, what: str, error: Exception) -> None:
         defect = not isinstance(error, SynapseError)
         diary.warning(what, group=self._membership.group, message=str(error), exc_info=defect)
+
+
+def _lost(delivery: Delivery) -> int:
+    """How many deliveries before this one ended without an outcome: the process that had it ended."""
+    return delivery.deliveries - delivery.attempt

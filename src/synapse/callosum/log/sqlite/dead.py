@@ -18,7 +18,7 @@ def bury(transaction: Transaction, *, group: str, token: str, reason: Reason, er
     number, claim = token_parts(token)
     made = transaction.db.execute(
         """INSERT INTO dead (name, number, tract, reason, error, attempts, at, body)
-        SELECT ?, p.number, p.tract, ?, ?, p.attempt, ?, coalesce(p.body, m.body)
+        SELECT ?, p.number, p.tract, ?, ?, p.failures + 1, ?, coalesce(p.body, m.body)
         FROM pending AS p LEFT JOIN messages AS m ON m.number = p.number
         WHERE p.owner = (SELECT id FROM groups WHERE name = ?) AND p.number = ? AND p.claim = ?""",
         (group, reason, error, now, group, number, claim),

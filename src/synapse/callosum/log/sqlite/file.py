@@ -17,7 +17,7 @@ from synapse.store.errors import DatabaseTooNew
 
 APPLICATION = 0x53594E45
 """``SYNE`` in the file's header: the events of Synapse."""
-VERSION = 1
+VERSION = 2
 PRIVATE_FILE = 0o600
 BUSY_S = 10.0
 MOST_WAL_BYTES = 64 << 20
@@ -27,24 +27,28 @@ TABLES = (
     # changes when there is something new to read or claim, `claims` numbers the claims.
     """CREATE TABLE log (
         accepted INTEGER NOT NULL, duplicates INTEGER NOT NULL, trimmed INTEGER NOT NULL, claims INTEGER NOT NULL,
-        news INTEGER NOT NULL
+        news INTEGER NOT NULL, dead_dropped INTEGER NOT NULL DEFAULT 0
     ) STRICT""",
-    "INSERT INTO log VALUES (0, 0, 0, 0, 0)",
+    "INSERT INTO log VALUES (0, 0, 0, 0, 0, 0)",
     """CREATE TABLE messages (
         number INTEGER PRIMARY KEY, tract INTEGER NOT NULL, topic TEXT NOT NULL, key TEXT NOT NULL UNIQUE,
         body TEXT NOT NULL
     ) STRICT""",
     "CREATE INDEX messages_of_tract ON messages (tract)",
-    # `cursor0` and `cursor1`: the number of the last message of each tract that the group has looked at.
+    # `cursor0` and `cursor1`: the number of the last message of each tract that the group has looked at. `read_at`:
+    # when it was last claimed from, to the hour. `unread`: the log no longer waits for it.
     """CREATE TABLE groups (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, pattern TEXT NOT NULL, lease_s REAL NOT NULL,
-        cursor0 INTEGER NOT NULL, cursor1 INTEGER NOT NULL, handled INTEGER NOT NULL, redelivered INTEGER NOT NULL
+        cursor0 INTEGER NOT NULL, cursor1 INTEGER NOT NULL, handled INTEGER NOT NULL, redelivered INTEGER NOT NULL,
+        read_at REAL NOT NULL DEFAULT 0, unread INTEGER NOT NULL DEFAULT 0
     ) STRICT""",
-    # `due`: when it may be delivered again, the end of a lease or of the pause before a retry. `body` is there where
-    # the message may have been trimmed: it was a dead letter.
+    # `attempt` counts deliveries, `failures` those that ended with a retry. `due`: when it may be delivered again, the
+    # end of a lease or of the pause before a retry. `body` is there where the message may have been trimmed: it was a
+    # dead letter.
     """CREATE TABLE pending (
         owner INTEGER NOT NULL, number INTEGER NOT NULL, tract INTEGER NOT NULL, attempt INTEGER NOT NULL,
-        due REAL NOT NULL, claim INTEGER NOT NULL, body TEXT, PRIMARY KEY (owner, number)
+        due REAL NOT NULL, claim INTEGER NOT NULL, body TEXT, failures INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (owner, number)
     ) STRICT, WITHOUT ROWID""",
     "CREATE INDEX pending_by_due ON pending (owner, tract, due)",
     """CREATE TABLE dead (
@@ -54,6 +58,16 @@ TABLES = (
     f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {VERSION}",
 )
+
+FROM_1 = (
+    "ALTER TABLE log ADD COLUMN dead_dropped INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE groups ADD COLUMN read_at REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE groups ADD COLUMN unread INTEGER NOT NULL DEFAULT 0",
+    "UPDATE groups SET read_at = strftime('%s', 'now') + 0.0",
+    "ALTER TABLE pending ADD COLUMN failures INTEGER NOT NULL DEFAULT 0",
+    f"PRAGMA user_version = {VERSION}",
+)
+"""What brings a file of version 1 up to date."""
 
 T = TypeVar("T")
 
@@ -112,6 +126,9 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             raise DatabaseTooNew(
                 f"the log {path} has version {version}, this Synapse knows {VERSION}", hint="use the newer Synapse"
             )
+        elif version == 1:
+            for statement in FROM_1:
+                db.execute(statement)
         db.execute("COMMIT")
     finally:
         if db.in_transaction:

@@ -12,8 +12,9 @@ from synapse.callosum.log.sqlite.messages import new_of
 from synapse.callosum.message import Tract
 from synapse.callosum.topics import matcher
 
-_DUE = """SELECT json_group_array(number), json_group_array(attempt), json_group_array(coalesce(body, text)) FROM (
-    SELECT p.number, p.attempt, p.body, m.body AS text FROM
+_DUE = """SELECT json_group_array(number), json_group_array(attempt), json_group_array(failures),
+    json_group_array(coalesce(body, text)) FROM (
+    SELECT p.number, p.attempt, p.failures, p.body, m.body AS text FROM
         (SELECT * FROM pending WHERE owner = ? AND tract = ? AND due <= ? ORDER BY number LIMIT ?) AS p
         LEFT JOIN messages AS m ON m.number = p.number ORDER BY p.number)"""
 _NEXT_DUE = """SELECT min((SELECT min(due) FROM pending WHERE owner = id AND tract = t.tract AND due > ?))
@@ -29,7 +30,8 @@ class Claimed:
 
     number: int
     claim: int
-    attempt: int
+    deliveries: int
+    failures: int
     body: str
 
     @property
@@ -71,13 +73,15 @@ def claim(transaction: Transaction, group: str, limit: int, tract: Tract, now: f
         raise no_group(group)
     owner, pattern, lease_s, cursor = mine
     head_claim = head.claims + 1
-    numbers, attempts, bodies = map(json.loads, db.execute(_DUE, (owner, tract, now, max(0, limit))).fetchone())
+    numbers, attempts, failures, bodies = map(
+        json.loads, db.execute(_DUE, (owner, tract, now, max(0, limit))).fetchone()
+    )
     due = [
-        Claimed(number, head_claim, attempt + 1, body)
-        for number, attempt, body in zip(numbers, attempts, bodies, strict=True)
+        Claimed(number, head_claim, attempt + 1, failed, body)
+        for number, attempt, failed, body in zip(numbers, attempts, failures, bodies, strict=True)
     ]
     found, looked = new_of(transaction, cursor, limit - len(due), pattern, tract=tract, owner=owner)
-    new = [Claimed(number, head_claim, 1, body) for number, body in found]
+    new = [Claimed(number, head_claim, 1, 0, body) for number, body in found]
     if due:
         db.execute(
             """UPDATE pending SET attempt = attempt + 1, due = ?, claim = ?
@@ -90,7 +94,7 @@ def claim(transaction: Transaction, group: str, limit: int, tract: Tract, now: f
             SELECT ?, value, ?, 1, ?, ? FROM json_each(?)""",
             (owner, tract, now + lease_s, head_claim, json.dumps([number for number, _ in found])),
         )
-    again = sum(one.attempt > 1 for one in due)
+    again = sum(one.deliveries > 1 for one in due)
     if looked != cursor or again:
         db.execute(
             f"UPDATE groups SET {cursor_name} = ?, redelivered = redelivered + ? WHERE id = ?",  # noqa: S608
@@ -111,9 +115,20 @@ def unclaim(transaction: Transaction, group: str, claimed: Sequence[Claimed]) ->
         )
         transaction.db.execute(
             "UPDATE groups SET redelivered = redelivered - ? WHERE name = ?",
-            (sum(one.attempt > 1 for one in claimed), group),
+            (sum(one.deliveries > 1 for one in claimed), group),
         )
         transaction.head.news += 1
+
+
+def release(transaction: Transaction, group: str, tokens: Sequence[str]) -> None:
+    """Deliver again, at once, what nobody has begun to handle."""
+    parts = [token_parts(token) for token in tokens]
+    transaction.head.news += transaction.db.execute(
+        """UPDATE pending SET attempt = attempt - 1, due = 0, claim = 0
+        WHERE owner = (SELECT id FROM groups WHERE name = ?) AND (number, claim) IN
+        (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))""",
+        (group, json.dumps(parts)),
+    ).rowcount
 
 
 def acknowledge(transaction: Transaction, group: str, numbers: Sequence[int]) -> None:
@@ -130,7 +145,7 @@ def acknowledge(transaction: Transaction, group: str, numbers: Sequence[int]) ->
 def retry(transaction: Transaction, group: str, token: str, due: float) -> None:
     """Deliver it again, then or later."""
     changed = transaction.db.execute(
-        """UPDATE pending SET due = ?, claim = 0
+        """UPDATE pending SET due = ?, claim = 0, failures = failures + 1
         WHERE owner = (SELECT id FROM groups WHERE name = ?) AND number = ? AND claim = ?""",
         (due, group, *token_parts(token)),
     ).rowcount

@@ -112,7 +112,7 @@ class SqliteLog:
 
         deliveries = []
         for one in await self._commits.write(run, undo):
-            delivery = Delivery(one.token, read_message(one.body.encode(), tract), one.attempt)
+            delivery = Delivery(one.token, read_message(one.body.encode(), tract), one.failures + 1, one.deliveries)
             if is_unreadable(delivery.message):
                 await self.bury(group, delivery, "unreadable", "this version of Synapse cannot read the message")
             else:
@@ -126,6 +126,10 @@ class SqliteLog:
     async def retry(self, group: str, delivery: Delivery, after_s: float) -> None:
         due = self._clock() + after_s
         await self._commits.write(partial(sqlite_groups.retry, group=group, token=delivery.token, due=due))
+
+    async def release(self, group: str, deliveries: Sequence[Delivery]) -> None:
+        if tokens := [delivery.token for delivery in deliveries]:
+            await self._commits.write(partial(sqlite_groups.release, group=group, tokens=tokens))
 
     async def bury(self, group: str, delivery: Delivery, reason: Reason, error: str) -> None:
         writable = error.encode(errors="backslashreplace").decode()

@@ -5,7 +5,7 @@
 --   t topic, k idempotency key, m the message as JSON. Without k it is a copy that `replay` gave back to one group.
 -- A group is a consumer group of both streams. Its pending entries are what was delivered and not handled yet, and its
 -- sorted sets `due:` say from when (milliseconds since 1970) each of them may be delivered again: XAUTOCLAIM knows one
--- idle time for all, and walks through all of them.
+-- idle time for all, and walks through all of them. The hashes `failed:` count the attempts that failed of each.
 
 local prefix = KEYS[1]
 local META, TAKEN, GROUPS = prefix .. 'meta', prefix .. 'keys', prefix .. 'groups'
@@ -19,6 +19,7 @@ local function entry_id(number) return text(number) .. '-0' end
 local function number_of(id) return tonumber(string.match(id, '^%d+')) end
 local function member_of(number) return string.format('%016.0f', number) end
 local function due_key(uid, tract) return prefix .. 'due:' .. uid .. ':' .. tract end
+local function failed_key(uid, tract) return prefix .. 'failed:' .. uid .. ':' .. tract end
 local function group_key(uid) return prefix .. 'group:' .. uid end
 local function meta(field) return tonumber(redis.call('HGET', META, field) or 0) end
 
@@ -82,10 +83,10 @@ local function cursor(stream, name)
 end
 
 -- Rows {number, attempt or tract, body}: first what each of them is and how long, then all bodies; one string is quick to read.
-local function packed(rows)
+local function packed(rows) -- of each row: number, one more or two, body
   local heads, bodies = {}, {}
   for at, row in ipairs(rows) do
-    heads[at] = text(row[1]) .. ' ' .. row[2] .. ' ' .. #row[3]
+    heads[at] = text(row[1]) .. ' ' .. row[2] .. ' ' .. #row[3] .. ' ' .. (row[4] or 0)
     bodies[at] = row[3]
   end
   return table.concat(heads, ','), table.concat(bodies)
@@ -251,7 +252,7 @@ function operations.leave(name)
   if not uid then return end
   for tract, stream in pairs(STREAMS) do
     redis.call('XGROUP', 'DESTROY', stream, name)
-    redis.call('DEL', due_key(uid, tract))
+    redis.call('DEL', due_key(uid, tract), failed_key(uid, tract))
   end
   redis.call('DEL', group_key(uid))
   redis.call('HDEL', GROUPS, name)
@@ -272,7 +273,8 @@ function operations.claim(name, consumer, limit, tract)
     local pending = redis.call('XPENDING', stream, name, id, id, 1)[1]
     local entry = pending and redis.call('XCLAIM', stream, name, consumer, 0, id)[1]
     if entry then
-      rows[#rows + 1] = { number_of(id), pending[4] + 1, fields_of(entry).m }
+      local failed = redis.call('HGET', failed_key(uid, tract), text(number_of(id)))
+      rows[#rows + 1] = { number_of(id), pending[4] + 1, fields_of(entry).m, failed or 0 }
       bytes = bytes + #rows[#rows][3]
       if pending[4] > 0 then redelivered = redelivered + 1 end
       leases[#leases + 1] = again
@@ -321,20 +323,36 @@ end
 -- the numbers
 function operations.acknowledge(keep, uid, name, tract, ...)
   if redis.call('HGET', GROUPS, name) ~= uid then return end
-  local ids, members = {}, {}
+  local ids, members, numbers = {}, {}, {}
   for at = 6, #ARGV do
+    numbers[#numbers + 1] = ARGV[at]
     ids[#ids + 1] = ARGV[at] .. '-0'
     members[#members + 1] = member_of(tonumber(ARGV[at]))
   end
   local handled = in_parts(ids, 'XACK', STREAMS[tract], name)
   in_parts(members, 'ZREM', due_key(uid, tract))
+  in_parts(numbers, 'HDEL', failed_key(uid, tract))
   redis.call('HINCRBY', group_key(uid), 'handled', handled)
   trim(tonumber(keep), handled)
 end
 
 function operations.retry(name, uid, tract, number, attempt, after)
   if not stands(uid, name, tract, number, attempt) then return end
+  redis.call('HINCRBY', failed_key(uid, tract), number, 1)
   redis.call('ZADD', due_key(uid, tract), text(milliseconds() + tonumber(after)), member_of(tonumber(number)))
+  ring()
+end
+
+-- tract, number, attempt of each that nobody has begun to handle
+function operations.release(name, uid, ...)
+  for at = 4, #ARGV, 3 do
+    local tract, number, attempt = ARGV[at], ARGV[at + 1], ARGV[at + 2]
+    if stands(uid, name, tract, number, attempt) then
+      local id = entry_id(tonumber(number))
+      redis.call('XCLAIM', STREAMS[tract], name, 'released', 0, id, 'RETRYCOUNT', attempt - 1, 'FORCE', 'JUSTID')
+      redis.call('ZADD', due_key(uid, tract), text(milliseconds()), member_of(tonumber(number)))
+    end
+  end
   ring()
 end
 
@@ -344,7 +362,9 @@ function operations.bury(name, uid, tract, number, attempt, reason, message)
   local fields = fields_of(redis.call('XRANGE', stream, id, id)[1])
   redis.call('XACK', stream, name, id)
   redis.call('ZREM', due_key(uid, tract), member_of(tonumber(number)))
-  redis.call('XADD', DEAD, '*', 'group', name, 'reason', reason, 'error', message, 'attempts', attempt,
+  local failed = redis.call('HGET', failed_key(uid, tract), number) or 0
+  redis.call('HDEL', failed_key(uid, tract), number)
+  redis.call('XADD', DEAD, '*', 'group', name, 'reason', reason, 'error', message, 'attempts', failed + 1,
     'at', text(now), 'tract', tract, 't', fields.t, 'm', fields.m)
   redis.call('HINCRBY', DEAD_COUNTS, name, 1)
 end

@@ -139,7 +139,7 @@ class ValkeyLog:
             if position > int(newest):
                 raise no_position(str(position))
             position = int(reached)
-            for number, tract, body in rows(heads, bodies):
+            for number, tract, body, _ in rows(heads, bodies):
                 found.append(Entry(str(number), read_message(body, Tract(tract))))
             self._changes.saw("read", Look(position, int(bell)))
             if reached == newest:
@@ -172,9 +172,9 @@ class ValkeyLog:
             seen, bell, due, more = map(int, answer[1:5])
             again = math.inf if due < 0 else time.monotonic() + due / 1000
             self._changes.saw(f"{int(tract)} {group}", Look(seen, bell, again))
-            for number, attempt, body in rows(*answer[5:]):
-                token = f"{uid}-{int(tract)}-{number}-{attempt}"
-                delivery = Delivery(token, read_message(body, tract), attempt)
+            for number, deliveries, body, failures in rows(*answer[5:]):
+                token = f"{uid}-{int(tract)}-{number}-{deliveries}"
+                delivery = Delivery(token, read_message(body, tract), failures + 1, deliveries)
                 if is_unreadable(delivery.message):
                     await self.bury(group, delivery, "unreadable", "this version of Synapse cannot read the message")
                 else:
@@ -190,6 +190,12 @@ class ValkeyLog:
     async def retry(self, group: str, delivery: Delivery, after_s: float) -> None:
         """Deliver it again, in so many seconds or later."""
         await self._steps.run("retry", group, *delivery.token.split("-"), max(0, round(after_s * 1000)))
+
+    async def release(self, group: str, deliveries: Sequence[Delivery]) -> None:
+        """Deliver again what nobody has begun to handle."""
+        released = sorted(delivery.token.split("-") for delivery in deliveries)
+        for uid, tokens in groupby(released, lambda token: token[0]):
+            await self._steps.run("release", group, uid, *(part for token in tokens for part in token[1:]))
 
     async def bury(self, group: str, delivery: Delivery, reason: Reason, error: str) -> None:
         """Keep it as a dead letter."""

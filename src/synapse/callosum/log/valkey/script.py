@@ -69,10 +69,10 @@ class Steps:
         return answer
 
 
-def rows(heads: bytes, bodies: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Number, attempt (or tract) and body of each message of an answer."""
+def rows(heads: bytes, bodies: bytes) -> Iterator[tuple[int, int, bytes, int]]:
+    """Of each message of an answer: number, deliveries (or tract), body, and how many attempts at it have failed."""
     start = 0
     for head in heads.split(b",") if heads else ():
-        number, other, length = map(int, head.split())
-        yield number, other, bodies[start : start + length]
+        number, other, length, failures = map(int, head.split())
+        yield number, other, bodies[start : start + length], failures
         start += length

@@ -13,15 +13,14 @@ All of the header but payload_sha256 follows from the GGUF file and the quantisa
 believed: a file is sound when the sha256 of its payload gives the very header that it begins with. One that is not is
 made anew.
 
-The map is shared and read-only. A file is never written in place, only replaced, so a map stays as it was checked;
-somebody who cuts the file short all the same ends every process that reads it (SIGBUS), which no reader can prevent.
+The map is shared and read-only. A file is never written in place, only replaced, so a map stays as it was checked.
+Where somebody cuts the file short all the same, `PackedModel.check` refuses what is computed from then on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +37,7 @@ from synapse.engines.native.packed.model import ALIGNMENT, PackedModel, Quantisa
 from synapse.engines.native.packed.packing import FOUR_BIT, Kind, pack_matrix, packed_bytes
 from synapse.engines.native.packed.quantising import HINT
 from synapse.errors import Corrupt, Unavailable
+from synapse.kernels.mapped_file import MappedFile
 from synapse.models.errors import ModelFileCorrupt
 from synapse.models.gguf_file import ModelFile
 from synapse.models.transfer import DiskFull, disk_errors, flush, sha256_of
@@ -144,15 +144,16 @@ class _Layout:
                 size = os.fstat(opened.fileno()).st_size
                 if size != expected:
                     raise PackedFileDamaged(f"{path} must have {expected} bytes, but has {size}")
-                content = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                mapped = MappedFile(opened)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise PackedFileDamaged(f"{path} cannot be read: {error.strerror}") from error
+        content = np.frombuffer(mapped.memory, np.uint8)
         payload = content[start:]
         if content[:start].tobytes() != self.front(hashlib.sha256(payload.data).hexdigest()):
             raise PackedFileDamaged(f"{path} is not as it was written")
-        return PackedModel(self._file.config, self._quantisation, self._slots, payload)
+        return PackedModel(self._file.config, self._quantisation, self._slots, payload, mapped)
 
     def make(self, path: Path) -> None:
         """Write the file, in one step for whoever looks at it."""
@@ -174,6 +175,7 @@ class _Layout:
                 out.seek(0)
                 out.write(self.front(digest.hexdigest()))
                 flush(out)
+            self._file.check_whole()
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)

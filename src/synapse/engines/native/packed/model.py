@@ -11,7 +11,8 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from synapse.engines.native.packed.packing import GROUP, Kind, group_bytes, pack_rows, unpack, unpack_rows
-from synapse.errors import NotFound
+from synapse.errors import NotFound, Unavailable
+from synapse.kernels.mapped_file import MappedFile
 from synapse.models.config import ModelConfig
 
 Quantisation = Literal["auto", "int8", "4bit"]
@@ -41,13 +42,19 @@ class PackedModel:
     """
 
     def __init__(
-        self, config: ModelConfig, quantisation: Quantisation, slots: dict[str, Slot], payload: NDArray[np.uint8]
+        self,
+        config: ModelConfig,
+        quantisation: Quantisation,
+        slots: dict[str, Slot],
+        payload: NDArray[np.uint8],
+        file: MappedFile | None = None,
     ) -> None:
         self.config = config
         self.quantisation = quantisation
         self.bytes = len(payload)
         self._slots = slots
         self._payload: NDArray[np.uint8] | None = payload
+        self._file = file
 
     @classmethod
     def of(cls, config: ModelConfig, tensors: Mapping[str, NDArray[np.float32]], kind: Kind) -> PackedModel:
@@ -103,6 +110,18 @@ class PackedModel:
         if slot.kind == "f32":
             raise NotFound(f"{name} is a vector, not a matrix")
         return unpack_rows(slot.kind, data, (slot.shape[0], slot.shape[1]), rows)
+
+    def check(self) -> None:
+        """Refuse what was computed with weights that are no longer there.
+
+        Raises:
+            Unavailable: the file was cut short, or its disk is gone, since it was opened.
+        """
+        if self._file is not None and self._file.lost:
+            raise Unavailable(
+                "the packed model was cut short, or its disk is gone, while it was in use",
+                hint="start again: it is made anew",
+            )
 
     def close(self) -> None:
         """Let go of the map. It goes with the last array that was handed out; addresses are void at once."""
