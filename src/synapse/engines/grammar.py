@@ -125,7 +125,8 @@ class Constraint:
             self._bits.view(np.uint32)[0, token // 32] = np.uint32(1 << token % 32)
         else:
             fill_next_token_bitmask(self._matcher, self._bits)
-        return self._bits.view(np.uint32)[0]
+        bits: NDArray[np.uint32] = self._bits.view(np.uint32)[0]
+        return bits
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, bool[vocab]."""
