@@ -12,7 +12,7 @@ from std.sys.intrinsics import prefetch
 
 from engine_attention import MOST_QUERIES, Cache, Table, attend, store_key, store_value
 from engine_lora import Factors, Rows, STRIP, expand, shrink
-from engine_matrix import BLOCK, GROUP, Q8, Bytes, Floats, Halves, Inputs, Matrix, element, multiply, quantise, quantise_block
+from engine_matrix import BLOCK, GROUP, Q8, Bytes, Floats, Halves, Inputs, Matrix, element, multiply, place_of, quantise, quantise_block
 from engine_model import ONE_MAP, WHOLE, Addresses, Layer, Model, Step
 from engine_pool import Pool, Work, announce_job, begin_job, is_current, look, wait_for_job
 from engine_rows import add, gated, rms_norm, rotate
@@ -316,7 +316,7 @@ def feed_forward(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
             for row in range(step.rows):
                 var at = row * stride + unit * BLOCK
                 gated(step.gate.unsafe_offset(at), step.up.unsafe_offset(at), BLOCK)
-                var place = unit * step.rows + row
+                var place = place_of(step.rows, units, row, unit)
                 quantise_block(step.gate.unsafe_offset(at), place, step.inner, layer.down.kind != Q8 or step.narrow != 0, layer.down.kind == Q8)
         work.done(phase)
     work.wait(phase, pieces)

@@ -13,7 +13,7 @@ from std.memory import bitcast
 from std.sys import CompilationTarget, llvm_intrinsic
 from std.sys.intrinsics import prefetch
 
-from engine_matrix import BLOCK, GROUP, HAS_AVX2, HAS_AVX512, SMALLEST, Bytes, Codes8, Floats, Inputs
+from engine_matrix import BLOCK, GROUP, HAS_AVX2, HAS_AVX512, SMALLEST, Bytes, Codes8, Floats, Inputs, place_of
 
 comptime STRIP = 8
 comptime Lane = SIMD[DType.float32, STRIP]
@@ -114,10 +114,10 @@ def shrink_codes[C: Int](
             comptime if quad % 2 == 0:
                 prefetch(A.unsafe_offset(4 * quad * STRIP + AHEAD))
             comptime for c in range(C):
-                var at = (block * all_rows + Int(rows.unsafe_offset(c)[])) * BLOCK + 4 * quad
+                var at = place_of(all_rows, blocks, Int(rows.unsafe_offset(c)[]), block) * BLOCK + 4 * quad
                 sums[c] = dot4(sums[c], codes, spread(inputs.codes8.unsafe_offset(at)))
         comptime for c in range(C):
-            var scale = inputs.scale8.unsafe_offset(block * all_rows + Int(rows.unsafe_offset(c)[]))[]
+            var scale = inputs.scale8.unsafe_offset(place_of(all_rows, blocks, Int(rows.unsafe_offset(c)[]), block))[]
             acc[c] = fma(sums[c].cast[DType.float32](), Lane(scale), acc[c])
         A = A.unsafe_offset(BLOCK * STRIP)
     var scales = factors.scales.unsafe_offset(strip * STRIP).unsafe_load[width=STRIP]()

@@ -42,8 +42,8 @@ comptime LINES = 4  # of a 4-bit record: 8 inputs each
 comptime CODES = 256  # bytes of them, at its end
 comptime PAIRWISE = HAS_AVX2 and not HAS_AVX512  # multiplies bytes two by two, and has few registers
 comptime ROLLED = 4  # rows of a tile from which loops stay loops: unrolled, the compiler runs out of registers
-comptime RUN = 32  # rows that share one opened record, at most, and
-comptime LEAST_RUN = 8  # at least: for fewer it does not pay
+comptime RUN = 32  # rows whose inputs lie side by side, and
+comptime LEAST_RUN = 8  # how many of them a record is opened for at least: for fewer it does not pay
 
 comptime F = SIMD[DType.float32, LANES]
 comptime I = SIMD[DType.int32, LANES]
@@ -65,15 +65,27 @@ struct Matrix(Copyable, Movable, ImplicitlyCopyable):
 
 @fieldwise_init
 struct Inputs(Copyable, Movable, ImplicitlyCopyable):
-    """The quantised rows of a batch, block after block: that of row r in block b has the number b * rows + r.
+    """The quantised rows of a batch, by 32 rows, and of these block after block: `place_of` says where.
 
-    What goes through a matrix record by record finds the rows of its block side by side."""
+    What goes through a matrix record by record finds the rows of its block side by side, and then those of the next."""
 
-    var codes8: Codes8  # [blocks, rows, 32]
+    var codes8: Codes8  # [rows / 32, blocks, 32 rows or those that are left, 32]
     var scale8: Floats
     var sum8: Floats  # scale times the sum of the codes
     var codes16: Codes16
     var scale16: Floats
+
+
+@always_inline
+def beside(rows: Int, row: Int) -> Int:
+    """How many of all rows lie side by side with this one."""
+    return min(RUN, rows - row // RUN * RUN)
+
+
+@always_inline
+def place_of(rows: Int, blocks: Int, row: Int, block: Int) -> Int:
+    """The number of a row's block among the inputs."""
+    return row // RUN * RUN * blocks + block * beside(rows, row) + row % RUN
 
 
 @always_inline
@@ -145,7 +157,7 @@ def q4_tile[C: Int, kind: Int](matrix: Matrix, group: Int, inputs: Inputs, rows:
     for block in range(blocks):
         comptime for line in range((size + 63) // 64):
             prefetch(record.unsafe_offset(AHEAD + 64 * line))
-        var place = block * rows + row
+        var place = place_of(rows, blocks, row, block)
         var sums = q4_sums[C](record.unsafe_offset(size - CODES), inputs.codes8.unsafe_offset(place * BLOCK))
         comptime for part in range(PARTS):
             var scale = halves(record.unsafe_offset(2 * part * LANES))
@@ -219,7 +231,7 @@ def q8_tile[C: Int](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, row: 
     for block in range(blocks):
         comptime for line in range(Q8_RECORD // 64 + 1):
             prefetch(record.unsafe_offset(AHEAD + 64 * line))
-        var place = block * rows + row
+        var place = place_of(rows, blocks, row, block)
         var factors = inputs.codes16.unsafe_offset(place * BLOCK)
         var sums = Array[I, C * PARTS](fill=I(0))
         var codes = record.unsafe_offset(2 * GROUP)
@@ -286,7 +298,7 @@ def q4_run[kind: Int](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, fir
         comptime for part in range(PARTS):
             scales[part] = halves(record.unsafe_offset(2 * part * LANES))
             minima[part] = minima_of[kind](record, part, scales[part])
-        var place = block * rows + first
+        var place = place_of(rows, matrix.blocks, first, block)
         var row = 0
         while row + 4 <= count:
             q4_step[4](opened, scales, minima, inputs, place + row, row, acc)
@@ -434,4 +446,4 @@ def quantise_block(at: Floats, place: Int, inputs: Inputs, want8: Bool, want16: 
 def quantise(x: Floats, rows: Int, row: Int, blocks: Int, inputs: Inputs, want8: Bool, want16: Bool):
     """Quantises one row [32 * blocks], of `rows` in all."""
     for block in range(blocks):
-        quantise_block(x.unsafe_offset(block * BLOCK), block * rows + row, inputs, want8, want16)
+        quantise_block(x.unsafe_offset(block * BLOCK), place_of(rows, blocks, row, block), inputs, want8, want16)
