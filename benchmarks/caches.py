@@ -3,8 +3,8 @@
     python -m benchmarks.caches --json [--quick] [--model NAME] [--backend auto]
 
 Prefixes: 64 conversations of several turns over 8 system prompts, with the pool of the default settings, one of a
-single context and one without limit. Choices: 8 of one prompt. Layers: 40 that are active over a cache of 20, and what that
-does to the gaps between the tokens of a stream. See docs/guide/benchmarks.md.
+single context and one without limit. Choices: 8 of one prompt. Layers: 40 that are active over a cache of 20, and what
+that does to the gaps between the tokens of a stream. See docs/guide/benchmarks.md.
 """
 
 from __future__ import annotations
