@@ -84,12 +84,17 @@ def test_other_streams_get_a_token_in_every_step_while_a_layer_is_read(
     assert [len(answers[each].tokens) for each in needs] == [8, 8]
 
 
-def test_answers_do_not_depend_on_whether_their_layer_had_to_be_read_again(engine: Engine, layers: list[str]) -> None:
+def test_answers_do_not_depend_on_whether_their_layer_had_to_be_read_again(
+    engine: Engine, layers: list[str], tmp_path: Path
+) -> None:
+    random_adapter(tmp_path / "new", engine.config, rank=2, seed=9)
     requests = [asking(each) for each in layers]
     alone = [run(engine, each)[0].tokens for each in requests]
     assert len(set(map(tuple, alone))) > 1
     assert [answer.tokens for answer in run(engine, *requests, *reversed(requests))] == [*alone, *reversed(alone)]
-    assert len(engine.layers.sizes()) <= 4
+    assert len(engine.layers.sizes()) <= 4, "as many as run at once"
+    engine.load_layer(tmp_path / "new")
+    assert len(engine.layers.sizes()) == 3, "what has ended holds no layer"
 
 
 def test_a_layer_that_cannot_be_read_any_more_ends_only_its_requests(
