@@ -100,7 +100,7 @@ def prefix_rows(
         engine = open_engine_file(model, backend, limits)
         rows.append({"pool": name, **hold(engine, Conversations(engine.config.vocab, **shape), at_once)})
         engine.close()
-    return [{**row, "of_unlimited": row["hit_rate"] / rows[-1]["hit_rate"]} for row in rows]
+    return [{**row, "of_unlimited": row["hit_rate"] / (rows[-1]["hit_rate"] or 1.0)} for row in rows]
 
 
 def choices_row(engine: Engine, tokens: int) -> dict[str, Any]:
