@@ -263,9 +263,9 @@ class Engine:
         work = self._scheduler.schedule(time.monotonic())
         self.counters.preemptions = self._scheduler.preemptions
         self.counters.evicted_blocks = self._pool.evictions
-        self._stalled = not work
+        self._stalled = not work and self.layers.fetching
         if not work:
-            if block and not events and self._sequences:
+            if block and not events and self._stalled:
                 deadline = self.next_deadline
                 self._take_in_layers(None if deadline is None else max(deadline - time.monotonic(), 0.001))
             return events
