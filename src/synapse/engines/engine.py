@@ -272,9 +272,9 @@ class Engine:
         work = self._scheduler.schedule(time.monotonic())
         self.counters.preemptions = self._scheduler.preemptions
         self.counters.evicted_blocks = self._pool.evictions
-        self._stalled = not work
+        self._stalled = not work and self.layers.fetching
         if not work:
-            if block and not events and self._sequences:
+            if block and not events and self._stalled:
                 deadline = self.next_deadline
                 self._take_in_layers(None if deadline is None else max(deadline - time.monotonic(), 0.001))
             return events
@@ -477,7 +477,7 @@ class Engine:
         Soon is: who finds a place in the batch, and others in the queue as far as their layers fit the cache beside
         those in use. The rest let go of theirs.
         """
-        wanted = {layer_id for seq in self._scheduler.running for layer_id in seq.layer_ids}
+        wanted = self._running_layers()
         places = max(self._scheduler.places, 1)
         for position, seq in enumerate(self._scheduler.waiting):
             needed = wanted | seq.layer_ids
@@ -520,7 +520,11 @@ class Engine:
 
     def _layers_in_use(self) -> set[str]:
         """The layers of those that run or may start soon."""
-        return self._wanted | {layer_id for seq in self._scheduler.running for layer_id in seq.layer_ids}
+        waiting = {layer_id for seq in self._scheduler.waiting for layer_id in seq.layer_ids}
+        return self._running_layers() | (self._wanted & waiting)
+
+    def _running_layers(self) -> set[str]:
+        return {layer_id for seq in self._scheduler.running for layer_id in seq.layer_ids}
 
     # Inspection
 

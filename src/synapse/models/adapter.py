@@ -202,7 +202,7 @@ def check_adapter(
 
 def _is_finite(values: Factor) -> bool:
     if values.dtype == np.float16:  # its exponent, which NumPy looks at much faster than at the number
-        return bool(((values.view(np.uint16) & 0x7C00) != 0x7C00).all())
+        return bool((values.view(np.uint16) & 0x7C00).max(initial=0) != 0x7C00)
     return bool(np.isfinite(values).all())
 
 
