@@ -44,7 +44,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address the server binds to; only loopback until an API key exists")
     port: int = Field(8377, ge=0, le=65535, description="port the server listens on; 0 picks a free one")
     max_request_bytes: int = Field(2**20, ge=1024, description="largest HTTP request body, in bytes")
-    max_concurrent_requests: int = Field(64, ge=1, description="requests generating at once before 429 is answered")
+    max_concurrent_requests: int = Field(
+        64, ge=1, description="answers generated at once, each choice of a request counted, before 429 is answered"
+    )
     request_timeout: float = Field(600.0, gt=0, description="seconds one generation may take")
 
     backend: str = Field("auto", description="engine: auto, reference or native")

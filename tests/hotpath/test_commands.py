@@ -91,6 +91,21 @@ async def test_status_says_who_answered_how_fast_and_what_is_lacking(
     assert "`synapse hotpath resume`" in (await status_of(context)).lacking
 
 
+async def test_status_says_that_the_reference_answers_where_the_kernel_may_not_and_what_helps(
+    context: Context, path: HotPath[..., Any], tmp_path: Path
+) -> None:
+    path.report(Faults(burned=BURN_IN_CALLS))
+    await run("promote", context, name="total", to="full")
+    supervisor = await sync(context, path, tmp_path)
+    path.call(values(1))
+    path.report(Faults(crash="it crashed"))
+    await supervisor.sync(await context.get(open_store))
+    supervisor.close()
+    status = await status_of(context)
+    assert (status.mode, status.answered_by, status.share) == ("quarantined", "reference", 0.0)
+    assert "`synapse hotpath clear total`" in status.hint
+
+
 async def test_moves_by_hand_are_kept_with_their_history(context: Context, path: HotPath[..., Any]) -> None:
     for verb, params, stage, mode in [
         ("promote", {}, "canary", "automatic"),

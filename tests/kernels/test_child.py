@@ -20,31 +20,31 @@ from hypothesis.extra import numpy as hnp
 from support.hotpath_kernels import CRASH, HANG, RAISE, bind_dies, bind_refuses, bind_total, values
 from synapse.hotpath import NativeSide
 from synapse.kernels import child as sacrifice
-from synapse.kernels.child import Crashed, Lost, NotSent, Raised, Sacrifice, Unusable
+from synapse.kernels.child import Crashed, Lost, NotSent, Raised, TrialProcess, Unusable
 from synapse.kernels.shared_arguments import SharedBlock
 
 
 @pytest.fixture
-def child(kernel: Callable[..., NativeSide]) -> Iterator[Sacrifice]:
-    started = Sacrifice(bind_total, kernel().find().library, call_seconds=1)
+def child(kernel: Callable[..., NativeSide]) -> Iterator[TrialProcess]:
+    started = TrialProcess(bind_total, kernel().find().library, call_seconds=1)
     started.start()
     yield started
     started.close()
 
 
-def test_a_call_goes_to_another_process_and_comes_back(child: Sacrifice) -> None:
+def test_a_call_goes_to_another_process_and_comes_back(child: TrialProcess) -> None:
     answer, nanoseconds = child.call((values(1, 2, 3),), {})
     assert answer == 6
     assert 0 < nanoseconds < 1e9
 
 
-def test_large_arrays_and_small_ones_take_turns(child: Sacrifice) -> None:
+def test_large_arrays_and_small_ones_take_turns(child: TrialProcess) -> None:
     for count in (1, 3_000_000, 5, 6_000_000, 0):
         numbers = np.arange(count, dtype=np.int64)
         assert child.call((), {"numbers": numbers})[0] == numbers.sum()
 
 
-def test_a_segmentation_fault_kills_only_the_child(child: Sacrifice) -> None:
+def test_a_segmentation_fault_kills_only_the_child(child: TrialProcess) -> None:
     with pytest.raises(Crashed, match="SIGSEGV"):
         child.call((values(CRASH),), {})
     assert not child.running
@@ -52,7 +52,7 @@ def test_a_segmentation_fault_kills_only_the_child(child: Sacrifice) -> None:
     assert child.call((values(1),), {})[0] == 1
 
 
-def test_a_kernel_that_does_not_come_back_is_killed(child: Sacrifice) -> None:
+def test_a_kernel_that_does_not_come_back_is_killed(child: TrialProcess) -> None:
     start = time.monotonic()
     with pytest.raises(Crashed, match="did not answer in 1 seconds"):
         child.call((values(HANG),), {})
@@ -60,7 +60,7 @@ def test_a_kernel_that_does_not_come_back_is_killed(child: Sacrifice) -> None:
     assert not child.running
 
 
-def test_what_the_kernel_raises_is_passed_on_and_the_child_lives(child: Sacrifice) -> None:
+def test_what_the_kernel_raises_is_passed_on_and_the_child_lives(child: TrialProcess) -> None:
     with pytest.raises(Raised, match="RuntimeError: the kernel failed"):
         child.call((values(RAISE),), {})
     assert child.call((values(2),), {})[0] == 2
@@ -73,7 +73,7 @@ from support.hotpath_kernels import HANG, bind_total, values
 from synapse.kernels import child as sacrifice
 
 sacrifice.GRACE_SECONDS = 1.0
-child = sacrifice.Sacrifice(bind_total, Path(sys.argv[1]), call_seconds=1.0)
+child = sacrifice.TrialProcess(bind_total, Path(sys.argv[1]), call_seconds=1.0)
 child.start()
 print(child._process.pid, flush=True)
 child.call((values(HANG),), {})
@@ -102,7 +102,7 @@ def runs(process: int) -> bool:
         return False
 
 
-def test_a_child_killed_from_outside_blames_nobody(child: Sacrifice) -> None:
+def test_a_child_killed_from_outside_blames_nobody(child: TrialProcess) -> None:
     assert child._process is not None
     os.kill(child._process.pid, signal.SIGKILL)
     with pytest.raises(Lost):
@@ -111,7 +111,7 @@ def test_a_child_killed_from_outside_blames_nobody(child: Sacrifice) -> None:
     assert child.call((values(1),), {})[0] == 1
 
 
-def test_a_second_thread_does_not_wait(child: Sacrifice) -> None:
+def test_a_second_thread_does_not_wait(child: TrialProcess) -> None:
     def hangs() -> None:
         with pytest.raises(Crashed):
             child.call((values(HANG),), {})
@@ -125,7 +125,7 @@ def test_a_second_thread_does_not_wait(child: Sacrifice) -> None:
     first.join()
 
 
-def test_arguments_that_cannot_be_sent_are_not(child: Sacrifice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_that_cannot_be_sent_are_not(child: TrialProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotSent, match="cannot be sent"):
         child.call((threading.Lock(),), {})
     monkeypatch.setattr(sacrifice, "LARGEST_CALL", 1000)
@@ -136,17 +136,17 @@ def test_arguments_that_cannot_be_sent_are_not(child: Sacrifice, monkeypatch: py
 
 def test_a_child_that_is_not_running_is_not_called(kernel: Callable[..., NativeSide]) -> None:
     with pytest.raises(NotSent, match="not running"):
-        Sacrifice(bind_total, kernel().find().library).call((values(1),), {})
+        TrialProcess(bind_total, kernel().find().library).call((values(1),), {})
 
 
 def test_a_build_that_crashes_when_it_is_opened_is_found(tmp_path: Path) -> None:
     with pytest.raises(Crashed, match="SIGSEGV"):
-        Sacrifice(bind_dies, tmp_path).start()
+        TrialProcess(bind_dies, tmp_path).start()
 
 
 def test_a_build_that_cannot_be_opened_is_unusable_and_says_why(tmp_path: Path) -> None:
     with pytest.raises(Unusable, match="undefined symbol: total"):
-        Sacrifice(bind_refuses, tmp_path).start()
+        TrialProcess(bind_refuses, tmp_path).start()
 
 
 def test_a_build_whose_opener_cannot_be_imported_is_unusable_and_says_why(
@@ -155,7 +155,7 @@ def test_a_build_whose_opener_cannot_be_imported_is_unusable_and_says_why(
     monkeypatch.setattr(bind_refuses, "__qualname__", "only_here")
     monkeypatch.setattr("support.hotpath_kernels.only_here", bind_refuses, raising=False)
     with pytest.raises(Unusable, match="only_here"):
-        Sacrifice(bind_refuses, tmp_path).start()
+        TrialProcess(bind_refuses, tmp_path).start()
 
 
 ARRAYS = hnp.arrays(

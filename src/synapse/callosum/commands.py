@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, Field
 
-from synapse.callosum.log.contract import DeadLetter, GroupStats, Reason
+from synapse.callosum.log.contract import UNREAD_S, DeadLetter, GroupStats, Reason
 from synapse.callosum.log.opening import open_log
 from synapse.callosum.log.reading import recent
 from synapse.callosum.message import Tract
@@ -18,7 +18,7 @@ from synapse.callosum.observe.observers import BINS, Observer, Percentiles, Topi
 from synapse.callosum.tail import TailedEvent, TailEvents, tail_events
 from synapse.callosum.views import EventView, view_of
 from synapse.commands import Argument, Context, command
-from synapse.errors import InvalidInput
+from synapse.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from synapse.callosum.bus.bus import Bus
@@ -56,6 +56,33 @@ class GroupRow(BaseModel):
     dead: int
 
 
+class GroupState(GroupRow):
+    """A durable group, how far it is behind, and when it was last read."""
+
+    lag: int = Field(description="messages that it has not handled: waiting and pending")
+    read_at: datetime | None = Field(description="when somebody last read it, to the hour")
+    unread_days: float | None = Field(description=f"since then; from {UNREAD_S / 86400:.0f} on nothing is kept for it")
+
+
+class GroupList(BaseModel):
+    """The durable groups, by name."""
+
+    items: list[GroupState]
+
+
+class OneGroup(BaseModel):
+    """Which group."""
+
+    group: Annotated[str, Argument()] = Field(description="its name in `synapse events groups`")
+
+
+class DroppedGroup(BaseModel):
+    """A group that is forgotten, and how many messages it had not handled."""
+
+    group: str
+    forgotten: int
+
+
 class SubscriptionRow(BaseModel):
     """A subscription of the process that runs the command: its queue now, and what it has done."""
 
@@ -78,6 +105,7 @@ class EventStats(BaseModel):
     accepted: int
     duplicates: int = Field(description="messages refused because one of their key was accepted before")
     dead: int = Field(description="dead letters")
+    dead_dropped: int = Field(description="dead letters that had to go: too many, or too old")
     external: int = Field(description="messages of the last five minutes that a person waits for")
     internal: int = Field(description="the others of the last five minutes")
     balance: float
@@ -166,6 +194,7 @@ async def show_stats(params: Nothing, context: Context) -> EventStats:
         accepted=stats.accepted,
         duplicates=stats.duplicates,
         dead=sum(group.dead for group in stats.groups),
+        dead_dropped=stats.dead_dropped,
         external=report.tracts.external,
         internal=report.tracts.internal,
         balance=report.tracts.balance,
@@ -183,6 +212,25 @@ async def tail(params: TailEvents, context: Context) -> AsyncIterator[TailedEven
     async with aclosing(tail_events(params, context)) as events:
         async for event in events:
             yield event
+
+
+@command("events/groups", permission="read")
+async def list_groups(params: Nothing, context: Context) -> GroupList:
+    """List the durable groups: how far each is behind, and when it was last read."""
+    now = time.time()
+    stats = await (await context.get(open_log)).stats()
+    return GroupList(items=[_group_state(group, now) for group in stats.groups])
+
+
+@command("events/drop-group", permission="manage")
+async def drop_group(params: OneGroup, context: Context) -> DroppedGroup:
+    """Forget a group and what it has not handled. Its dead letters stay; one that joins again begins anew."""
+    log = await context.get(open_log)
+    groups = {group.group: group for group in (await log.stats()).groups}
+    if params.group not in groups:
+        raise NotFound(f"the log has no group {params.group[:60]!r}", hint="`synapse events groups` lists them")
+    await log.leave(params.group)
+    return DroppedGroup(group=params.group, forgotten=groups[params.group].waiting + groups[params.group].pending)
 
 
 @command("events/dead", permission="read")
@@ -229,6 +277,15 @@ def _topic_row(topic: TopicReport, latency: Percentiles | None) -> TopicRow:
 
 def _group_row(group: GroupStats) -> GroupRow:
     return GroupRow(**{name: getattr(group, name) for name in GroupRow.model_fields})
+
+
+def _group_state(group: GroupStats, now: float) -> GroupState:
+    return GroupState(
+        **_group_row(group).model_dump(),
+        lag=group.waiting + group.pending,
+        read_at=datetime.fromtimestamp(group.read_at, UTC) if group.read_at else None,
+        unread_days=round(max(0.0, now - group.read_at) / 86400, 2) if group.read_at else None,
+    )
 
 
 def _subscription_row(one: SubscriptionStats) -> SubscriptionRow:

@@ -20,7 +20,7 @@ from synapse.hotpath.metrics.histogram import bucket_of
 from synapse.hotpath.metrics.lanes import Counters, Lane, Lanes
 from synapse.hotpath.rollout.decision import BUCKETS, UNDECIDED, Decision, reference_only
 from synapse.hotpath.rollout.plan import BURN_IN_CALLS, NO_FAULTS, STAGES, Faults, Plan
-from synapse.kernels.child import Crashed, Lost, NotSent, Raised, Sacrifice
+from synapse.kernels.child import Crashed, Lost, NotSent, Raised, TrialProcess
 from synapse.kernels.native import NativeSide
 
 P = ParamSpec("P")
@@ -171,7 +171,7 @@ class HotPath(Generic[P, R]):
             if found.crash or found.wrong:
                 self.decision = reference_only(found.crash or found.wrong)
 
-    def rehearse(self, child: Sacrifice) -> None:
+    def rehearse(self, child: TrialProcess) -> None:
         """Give the declared calls of the burn-in to the child. They are compared, and counted for the burn-in only."""
         calls = self.burn_in() if self.burn_in is not None else []
         for args in itertools.islice(itertools.cycle(calls), BURN_IN_CALLS):

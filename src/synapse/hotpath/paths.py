@@ -116,7 +116,7 @@ def ready(name: str, timeout: float = 30.0) -> Readiness:
         return Readiness(True, decision.why)
     # What cannot be read now, or is being tried in a process of its own, may be otherwise in a moment.
     final = not running.complaint and decision.child is None and decision is not UNDECIDED
-    return Readiness(False, running.complaint or decision.why, decision.hint, final)
+    return Readiness(False, running.complaint or decision.why, running.hint or decision.hint, final)
 
 
 _starting = threading.Lock()

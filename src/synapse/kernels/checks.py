@@ -19,7 +19,7 @@ from pathlib import Path
 from synapse import __version__
 from synapse.config import load_settings
 from synapse.errors import Corrupt, Unavailable
-from synapse.kernels.child import Crashed, Lost, Raised, Sacrifice, Unusable
+from synapse.kernels.child import Crashed, Lost, Raised, TrialProcess, Unusable
 from synapse.kernels.cpu import cpu, lacking_features
 from synapse.kernels.elf import expected_machine, read_library
 from synapse.kernels.spec import KernelBuild, KernelSpec
@@ -80,7 +80,7 @@ def check_build(spec: KernelSpec, build: KernelBuild, folder: Path) -> None:
     """
     digest = _checked_sum(spec, build)
     check_file(spec, build.path)
-    child = Sacrifice(partial(_examination, spec), build.path, call_seconds=SELF_TEST_SECONDS)
+    child = TrialProcess(partial(_examination, spec), build.path, call_seconds=SELF_TEST_SECONDS)
     try:
         child.start()
         flaw, _ = child.call((), {})
@@ -156,7 +156,7 @@ def _note(spec: KernelSpec, digest: bytes, folder: Path) -> Path:
 
 
 def _examination(spec: KernelSpec, library: Path) -> Callable[[], str]:
-    """What the child calls: importable, as `Sacrifice` needs it."""
+    """What the child calls: importable, as `TrialProcess` needs it."""
     return partial(_flaw, spec, library)
 
 

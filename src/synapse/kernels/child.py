@@ -54,7 +54,7 @@ class Unusable(Exception):
     """The build could not be opened in the child; the message says why."""
 
 
-class Sacrifice:
+class TrialProcess:
     """A child process that has one build open. Calls come one at a time; a second thread is told `NotSent`."""
 
     def __init__(
@@ -124,11 +124,11 @@ class Sacrifice:
             if self._process is None or self._pipe is None or self._block is None:
                 raise NotSent("the child is not running")
             try:
-                parcel = self._block.pack((args, kwargs), LARGEST_CALL)
+                packed = self._block.pack((args, kwargs), LARGEST_CALL)
             except Exception as error:  # pickling runs code of the arguments, which may raise anything
                 raise NotSent(f"the arguments cannot be sent to the child: {error}") from error
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # found by the read that follows
-                self._pipe.send(parcel)
+                self._pipe.send(packed)
             kind, value = self._receive(self._call_seconds)
             if kind == "raised":
                 raise Raised(value)

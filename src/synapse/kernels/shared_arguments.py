@@ -20,7 +20,7 @@ SMALLEST = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class PackedCall:
     """A call on its way: the pickle, where its buffers lie in the block, and how long the block is."""
 
     pickled: bytes
@@ -37,11 +37,12 @@ class SharedBlock:
         self._size = 0
         self._map: mmap.mmap | None = None
 
-    def pack(self, values: Any, limit: int) -> Parcel:
+    def pack(self, values: Any, limit: int) -> PackedCall:
         """Put values into the block.
 
         Raises:
             ValueError: their arrays have more than `limit` bytes together.
+            OSError: there is no room for them.
             pickle.PicklingError, TypeError, AttributeError: they cannot be sent to another process.
         """
         buffers: list[pickle.PickleBuffer] = []
@@ -58,18 +59,20 @@ class SharedBlock:
             size = max(SMALLEST, 1 << (end - 1).bit_length())
             os.ftruncate(self.descriptor, size)
             self._remap(size)
+        if end and hasattr(os, "posix_fallocate"):  # a hole in a file faults where there is no room for its page
+            os.posix_fallocate(self.descriptor, 0, end)
         for view, (start, length) in zip(views, places, strict=True):
             if length and self._map is not None:
                 self._map[start : start + length] = view
-        return Parcel(pickled, tuple(places), self._size)
+        return PackedCall(pickled, tuple(places), self._size)
 
-    def unpack(self, parcel: Parcel) -> Any:
-        """The values of a parcel; their arrays are read-only and lie in the block, until the next parcel is packed."""
-        if parcel.size > self._size:
-            self._remap(parcel.size)
+    def unpack(self, packed: PackedCall) -> Any:
+        """The values of a packed call; their arrays are read-only, and in the block until the next one is packed."""
+        if packed.size > self._size:
+            self._remap(packed.size)
         whole = memoryview(self._map).toreadonly() if self._map is not None else memoryview(b"")
-        buffers: Sequence[memoryview] = [whole[start : start + length] for start, length in parcel.places]
-        return pickle.loads(parcel.pickled, buffers=buffers)  # noqa: S301 (from our own parent process)
+        buffers: Sequence[memoryview] = [whole[start : start + length] for start, length in packed.places]
+        return pickle.loads(packed.pickled, buffers=buffers)  # noqa: S301 (from our own parent process)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -127,11 +127,11 @@ class ModelLibrary:
                 model = self.show(name)
             except ModelFileCorrupt:
                 model = LibraryModel(name, "", "", "", self._folder / name, ())
-            grave = self._partial(name) / "removed"
-            shutil.rmtree(grave.parent, ignore_errors=True)
-            grave.parent.mkdir(parents=True)
-            model.folder.replace(grave)  # at once, so that nobody finds half of it
-            shutil.rmtree(grave.parent)
+            removed = self._partial(name) / "removed"
+            shutil.rmtree(removed.parent, ignore_errors=True)
+            removed.parent.mkdir(parents=True)
+            model.folder.replace(removed)  # at once, so that nobody finds half of it
+            shutil.rmtree(removed.parent)
         publish("model.removed", ModelRemoved(name=model.name, freed_bytes=model.size_bytes))
         return model
 

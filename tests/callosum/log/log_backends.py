@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from synapse.callosum.log.contract import DeadLetter, Delivery, Entry, Log
+from synapse.callosum.log.contract import MOST_DEAD, DeadLetter, Delivery, Entry, Log
 from synapse.callosum.log.memory import MemoryLog
 from synapse.callosum.log.sqlite.log import SqliteLog
 from synapse.callosum.message import Message
@@ -35,16 +37,16 @@ def said(found: Sequence[Delivery | Entry | DeadLetter]) -> list[str]:
     return [str(one.message.payload.model_dump()["text"]) for one in found]
 
 
-async def open_log(address: str, *, keep: int = KEEP) -> Log:
+async def open_log(address: str, *, keep: int = KEEP, most_dead: int = MOST_DEAD) -> Log:
     """The log at an address: ``memory:``, ``sqlite:/path/of/file`` or ``valkey:`` with its URL and ``#prefix``."""
     kind, _, rest = address.partition(":")
     if kind == "sqlite":
-        return await SqliteLog.open(Path(rest), keep=keep)
+        return await SqliteLog.open(Path(rest), keep=keep, most_dead=most_dead)
     if kind == "valkey":
         from callosum.log.valkey_places import open_valkey
 
-        return await open_valkey(address, keep=keep)
-    return MemoryLog(keep=keep)
+        return await open_valkey(address, keep=keep, most_dead=most_dead)
+    return MemoryLog(keep=keep, most_dead=most_dead)
 
 
 def _memory(folder: Path) -> Iterator[str]:
@@ -73,11 +75,26 @@ class Backend:
     address: str
     opened: list[Log]
 
-    async def open(self, *, keep: int = KEEP) -> Log:
+    async def open(self, *, keep: int = KEEP, most_dead: int = MOST_DEAD) -> Log:
         """The log of the place, once more: it is the same one, except in memory."""
-        log = await open_log(self.address, keep=keep)
+        log = await open_log(self.address, keep=keep, most_dead=most_dead)
         self.opened.append(log)
         return log
+
+    def age_reading(self, group: str) -> None:
+        """Make it long ago that somebody read a group."""
+        kind, _, rest = self.address.partition(":")
+        if kind == "valkey":
+            from callosum.log.valkey_places import age_reading
+
+            age_reading(rest, group)
+        elif kind == "sqlite":
+            with closing(sqlite3.connect(rest, isolation_level=None)) as db:
+                db.execute("UPDATE groups SET read_at = 1 WHERE name = ?", (group,))
+        else:
+            for log in self.opened:
+                assert isinstance(log, MemoryLog)
+                log._groups[group].read_at = 1
 
 
 async def _backend(kind: str, folder: Path) -> AsyncIterator[Backend]:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from callosum.bus.handlers import turns
 from callosum.log.log_backends import Backend, note, said
 from callosum.log.log_use import (
     EXTERNAL,
@@ -18,6 +19,7 @@ from callosum.log.log_use import (
     fields,
     read_all,
 )
+from support.heard import listening
 from synapse.callosum.log.contract import Log
 from synapse.callosum.message import MOST_BYTES, Message, Tract
 from synapse.callosum.payloads import Untyped
@@ -206,6 +208,36 @@ async def test_nothing_that_a_group_has_not_handled_is_trimmed(backend: Backend)
     assert await log.replay() == 1
     await asyncio.sleep(SHORT * 1.5)
     assert sorted(said(await claim(log, limit=1000))[:3]) == ["again", "dead", "pending"]
+
+
+async def test_a_group_that_nobody_reads_is_waited_for_no_longer_and_that_is_said_once(backend: Backend) -> None:
+    log = await backend.open(keep=20)
+    await log.join("idle", "test.*", lease_s=LONG)
+    await log.append([note("pending"), *(note(str(n)) for n in range(99))])
+    (pending,) = await claim(log, "idle", limit=1)
+    backend.age_reading("idle")
+    with listening() as heard:
+        for start in range(0, 3000, 100):
+            await log.append([note(str(n)) for n in range(start, start + 100)])
+        await turns()
+        assert heard.about("callosum.group.unread") == [{"group": "idle", "days": 7}]
+    assert (await log.stats()).kept < 1500
+    left = said(await claim(log, "idle", limit=5000))
+    assert left == [str(n) for n in range(int(left[0]), 3000)], "it goes on with what is left"
+    await log.acknowledge("idle", [pending])
+    (group,) = (await log.stats()).groups
+    assert group.read_at > time.time() - 7200
+
+
+async def test_of_too_many_dead_letters_the_oldest_are_dropped_and_counted(backend: Backend) -> None:
+    log = await backend.open(most_dead=3)
+    await log.join("g", "**")
+    await log.append([note(str(n)) for n in range(8)])
+    for delivery in await claim(log):
+        await log.bury("g", delivery, "failed", "no")
+    assert said(await log.dead()) == ["7", "6", "5"]
+    stats = await log.stats()
+    assert (stats.dead_dropped, stats.groups[0].dead) == (5, 3)
 
 
 async def test_a_dead_letter_outlives_its_message_in_the_log(backend: Backend) -> None:

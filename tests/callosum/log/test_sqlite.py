@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -133,6 +134,50 @@ async def test_the_file_of_a_newer_version_is_refused(log: SqliteLog, file: Path
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(DatabaseTooNew, match="99"):
         await SqliteLog.open(file)
+
+
+async def test_a_file_of_the_first_version_is_brought_up_to_date(log: SqliteLog, file: Path) -> None:
+    await log.join("g", "**")
+    await log.append([note("1"), note("2")])
+    (first,) = await log.claim("g", "a", 1, Tract.INTERNAL)
+    await log.release("g", [first])
+    await log.close()
+    with closing(sqlite3.connect(file, isolation_level=None)) as db:
+        for table, column in (
+            ("log", "dead_dropped"),
+            ("groups", "read_at"),
+            ("groups", "unread"),
+            ("pending", "failures"),
+        ):
+            db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
+    again = await SqliteLog.open(file)
+    found = await again.claim("g", "a", 9, Tract.INTERNAL)
+    assert said(found) == ["1", "2"]
+    await again.retry("g", found[0], 0)
+    assert [one.attempt for one in await again.claim("g", "a", 9, Tract.INTERNAL)] == [2]
+    assert (await again.stats()).groups[0].read_at > 0
+    await again.close()
+
+
+async def test_a_log_that_is_idle_reads_one_number_ten_times_a_second_and_hears_of_another_soon(file: Path) -> None:
+    mine, other = await SqliteLog.open(file), await SqliteLog.open(file)
+    looks: list[str] = []
+    await mine._commits.read(lambda one: one.db.set_trace_callback(looks.append))
+    await mine.changed(0.01)
+    del looks[:]
+    began = time.monotonic()
+    await mine.changed(1.0)
+    idle_s = time.monotonic() - began
+    assert looks.count("BEGIN ") <= 3, "its own question when something is due, and nothing else"
+    assert sum("data_version" in look for look in looks) <= 10 * idle_s + 3
+    waiting = asyncio.create_task(mine.changed(60))
+    await asyncio.sleep(0.3)
+    await other.append([note("1")])
+    async with asyncio.timeout(20):
+        await waiting
+    await mine.close()
+    await other.close()
 
 
 async def test_every_commit_waits_until_the_disk_has_it(log: SqliteLog) -> None:

@@ -16,10 +16,18 @@ def valkey_address(url: str, prefix: str) -> str:
     return f"valkey:{url}#{prefix}"
 
 
-async def open_valkey(address: str, *, keep: int) -> ValkeyLog:
+async def open_valkey(address: str, *, keep: int, most_dead: int) -> ValkeyLog:
     """The log at an address."""
     url, _, prefix = address.removeprefix("valkey:").partition("#")
-    return await ValkeyLog.connect(url, prefix=prefix, keep=keep)
+    return await ValkeyLog.connect(url, prefix=prefix, keep=keep, most_dead=most_dead)
+
+
+def age_reading(place: str, group: str) -> None:
+    """Make it long ago that somebody read a group."""
+    prefix = place.partition("#")[2]
+    with shared_server().client() as client:
+        uid = client.hget(f"{prefix}groups", group)
+        client.hset(f"{prefix}group:{uid.decode() if isinstance(uid, bytes) else uid}", "read", "1000")
 
 
 def valkey_place(folder: Path) -> Iterator[str]:

@@ -102,6 +102,25 @@ async def test_without_a_store_the_reference_answers_and_it_is_said_once(
     assert [entry["event"] for entry in logs] == ["hotpath.store_unavailable"]
 
 
+async def test_what_stands_in_the_way_at_the_start_decides_nothing_for_later(
+    path: HotPath[..., Any], tmp_path: Path
+) -> None:
+    settings = Settings(home=tmp_path / "home", database_url=f"sqlite:///{tmp_path / 'store.db'}")
+    (tmp_path / "home").mkdir()
+    in_the_way = tmp_path / "home" / "hotpath"
+    in_the_way.touch()
+    running = Watch(settings, interval=0.05)
+    await asyncio.to_thread(running.refresh)
+    assert running.complaint
+    assert path.call(values(1, 2)) == 3
+    in_the_way.unlink()
+    await asyncio.to_thread(running.refresh)
+    await asyncio.to_thread(running.refresh)
+    assert (running.complaint, running.hint) == ("", "")
+    assert path.decision.why.startswith("validate")
+    running.stop()
+
+
 def test_settings_that_cannot_be_read_stop_no_call(path: HotPath[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNAPSE_PORT", "no number")
     with capture_logs() as logs:

@@ -39,7 +39,7 @@ from synapse.callosum.bus.stats import BusStats, Tally
 from synapse.callosum.bus.subscription import Overflow, Subscription, Terms, drained
 from synapse.callosum.log.contract import DeadLetter, Log, Reason, Start
 from synapse.callosum.message import Message, Tract
-from synapse.callosum.publish.publishing import log as diary
+from synapse.callosum.publish.publishing import log as logger
 from synapse.callosum.router.router import Full
 from synapse.errors import Conflict, NotFound, Overloaded, TimedOut, Unavailable
 from synapse.evidence import Evidence
@@ -313,7 +313,7 @@ class Bus:
         if self._link is not None:
             await self._link.close()
         if forgotten:
-            diary.warning("bus.forgotten", messages=forgotten)
+            logger.warning("bus.forgotten", messages=forgotten)
         return forgotten
 
     # as subscriptions see it
@@ -403,7 +403,7 @@ class Bus:
         try:
             self.publish_nowait(Message(topic, payload, Tract.INTERNAL, OWN_PRIORITY, evidence))
         except (Overloaded, Unavailable) as error:
-            diary.info("bus.not_announced", topic=topic, message=str(error))
+            logger.info("bus.not_announced", topic=topic, message=str(error))
 
     def _free_name(self, name: str | None, otherwise: str) -> str:
         if name is not None:

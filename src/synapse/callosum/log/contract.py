@@ -8,7 +8,10 @@ The contract of every backend; `tests/callosum/log/test_contract.py` holds each 
   at least once, in the order of acceptance within a tract; each goes to one consumer of the group at a time.
 - A delivery that is neither acknowledged, retried, released nor buried within the group's lease is delivered again.
   Only what a handler has failed at (`retry`) counts as an attempt: being delivered does not.
-- What nobody handles is not lost: `bury` keeps it as a dead letter until it is replayed or dropped.
+- What nobody handles is not lost: `bury` keeps it as a dead letter until it is replayed or dropped, or `MOST_DEAD`
+  newer ones are there, or `OLDEST_DEAD_S` have passed.
+- A group that nobody has claimed from for `UNREAD_S` loses what the log would otherwise have forgotten; that is said
+  once (`callosum.group.unread`). It goes on with what is left when somebody claims again.
 - Who comes late takes nothing away: acknowledging a delivery that has gone to another meanwhile still counts as
   handled, retrying or burying it does nothing.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from synapse.callosum.message import Message, Tract
@@ -31,6 +34,15 @@ BEGINNING: Position = "0"
 Reason = Literal["failed", "deadline", "overflow", "unreadable"]
 Start = Literal["new", "first"]
 MOST_NAME = 200
+KEEP = 100_000
+"""Of the newest messages, so many are kept although every group has handled them."""
+UNREAD_S = 7 * 24 * 3600.0
+"""A group that nobody has read for so long keeps nothing from being forgotten any more."""
+READ_NOTED_S = 3600.0
+"""A log need not note more often than this that a group was read."""
+MOST_DEAD = 10_000
+OLDEST_DEAD_S = 30 * 24 * 3600.0
+"""Dead letters that are kept, and how long; the oldest are dropped, and counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +86,10 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class GroupStats:
-    """A group's share of the log: `waiting` were never delivered; `pending` are with a consumer, or to be retried."""
+    """A group's share of the log: `waiting` were never delivered; `pending` are with a consumer, or to be retried.
+
+    `read_at`: when somebody last claimed from it, seconds since 1970, to the hour.
+    """
 
     group: str
     pattern: str
@@ -83,16 +98,21 @@ class GroupStats:
     handled: int
     redelivered: int
     dead: int
+    read_at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class LogStats:
-    """`kept` messages are in the log; `duplicates` were refused because of their key."""
+    """`kept` messages are in the log; `duplicates` were refused because of their key.
+
+    `dead_dropped`: dead letters that had to go because there were too many, or they were too old.
+    """
 
     kept: int
     accepted: int
     duplicates: int
     groups: tuple[GroupStats, ...]
+    dead_dropped: int = 0
 
 
 class Log(Protocol):

@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 
 from synapse.callosum.log.changes import Changes
 from synapse.callosum.log.contract import (
+    KEEP,
+    MOST_DEAD,
+    OLDEST_DEAD_S,
+    READ_NOTED_S,
+    UNREAD_S,
     DeadLetter,
     Delivery,
     Entry,
@@ -21,6 +26,7 @@ from synapse.callosum.log.contract import (
     no_group,
     position_number,
 )
+from synapse.callosum.log.unread import tell_unread
 from synapse.callosum.message import Message, Tract, to_wire
 from synapse.callosum.topics import matcher
 from synapse.errors import InvalidInput, Unavailable
@@ -34,6 +40,7 @@ class _Pending:
     due: float
     """When it may be delivered again: the end of the lease, or of the pause before a retry."""
     claim: int = 0
+    replayed: bool = False
 
 
 @dataclass(slots=True)
@@ -45,6 +52,8 @@ class _Group:
     pending: dict[int, _Pending] = field(default_factory=dict)
     handled: int = 0
     redelivered: int = 0
+    read_at: float = 0.0
+    unread: bool = False
 
 
 class MemoryLog:
@@ -52,13 +61,14 @@ class MemoryLog:
 
     Args:
         keep: how many of the newest messages are kept although every group has handled them.
+        most_dead: how many dead letters are kept.
         clock: seconds since 1970.
     """
 
-    def __init__(self, *, keep: int = 100_000, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, *, keep: int = KEEP, most_dead: int = MOST_DEAD, clock: Callable[[], float] = time.time) -> None:
         if keep < 0:
             raise InvalidInput(f"a log keeps 0 or more messages, not {keep}")
-        self._keep = keep
+        self._keep, self._most_dead, self._dead_dropped = keep, most_dead, 0
         self._clock = clock
         self._messages: dict[int, Message] = {}
         self._keys: set[str] = set()
@@ -98,10 +108,10 @@ class MemoryLog:
         self._check_open()
         checked_join(group, pattern, lease_s)
         if known := self._groups.get(group):
-            known.pattern, known.lease_s = pattern, lease_s
+            known.pattern, known.lease_s, known.read_at, known.unread = pattern, lease_s, self._clock(), False
         else:
             begin = self._accepted if start == "new" else self._trimmed
-            self._groups[group] = _Group(pattern, lease_s, dict.fromkeys(Tract, begin))
+            self._groups[group] = _Group(pattern, lease_s, dict.fromkeys(Tract, begin), read_at=self._clock())
 
     async def leave(self, group: str) -> None:
         self._check_open()
@@ -113,6 +123,8 @@ class MemoryLog:
         if (mine := self._groups.get(group)) is None:
             raise no_group(group)
         now = self._clock()
+        if now - mine.read_at > READ_NOTED_S:
+            mine.read_at, mine.unread = now, False
         found = sorted(number for number, one in mine.pending.items() if one.due <= now and one.message.tract == tract)[
             : max(0, limit)
         ]
@@ -159,6 +171,7 @@ class MemoryLog:
                 number,
                 DeadLetter(letter, group, reason, error, pending.failures + 1, self._clock(), pending.message),
             )
+            self._drop_oldest_dead()
 
     async def dead(self, limit: int = 100) -> list[DeadLetter]:
         self._check_open()
@@ -174,7 +187,7 @@ class MemoryLog:
                 raise no_group(group)
         for one in wanted:
             number, letter = self._dead.pop(one)
-            self._groups[letter.group].pending.setdefault(number, _Pending(letter.message, 0, 0, 0.0))
+            self._groups[letter.group].pending.setdefault(number, _Pending(letter.message, 0, 0, 0.0, replayed=True))
         self._changes.note()
         return len(wanted)
 
@@ -197,9 +210,18 @@ class MemoryLog:
             )
             dead = sum(letter.group == name for _, letter in self._dead.values())
             groups.append(
-                GroupStats(name, group.pattern, waiting, len(group.pending), group.handled, group.redelivered, dead)
+                GroupStats(
+                    name,
+                    group.pattern,
+                    waiting,
+                    len(group.pending),
+                    group.handled,
+                    group.redelivered,
+                    dead,
+                    group.read_at,
+                )
             )
-        return LogStats(len(self._messages), self._accepted, self._duplicates, tuple(groups))
+        return LogStats(len(self._messages), self._accepted, self._duplicates, tuple(groups), self._dead_dropped)
 
     async def changed(self, timeout_s: float) -> None:
         self._check_open()
@@ -230,13 +252,33 @@ class MemoryLog:
         most = self._accepted - self._keep
         if most - self._trimmed < max(1, self._keep // 10):
             return  # not at every message: looking at what is pending takes its time
-        for group in self._groups.values():
+        unread = {name: one for name, one in self._groups.items() if one.read_at <= self._clock() - UNREAD_S}
+        for name, group in self._groups.items():
+            if name in unread:
+                continue
             for tract in Tract:
                 self._pass_over_other_tract(group, tract)
             most = min(most, *group.cursors.values(), *(number - 1 for number in group.pending))
         for number in range(self._trimmed + 1, most + 1):
             self._keys.discard(self._messages.pop(number).dedupe_key)
         self._trimmed = max(self._trimmed, most)
+        for name, group in unread.items():
+            lost = [number for number, one in group.pending.items() if number <= self._trimmed and not one.replayed]
+            for number in lost:
+                del group.pending[number]
+            if not group.unread and (lost or min(group.cursors.values()) < self._trimmed):
+                group.unread = True
+                tell_unread(name)
+
+    def _drop_oldest_dead(self) -> None:
+        """Let go of dead letters that are too old or too many."""
+        oldest = self._clock() - OLDEST_DEAD_S
+        while self._dead:
+            first = next(iter(self._dead))
+            if len(self._dead) <= self._most_dead and self._dead[first][1].at >= oldest:
+                return
+            del self._dead[first]
+            self._dead_dropped += 1
 
     def _pass_over_other_tract(self, group: _Group, tract: Tract) -> None:
         """Move the group's cursor up to the next message of the tract, claimed or not."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from synapse.kernels.child import Sacrifice
+from synapse.kernels.child import TrialProcess
 
 BUCKETS = 10_000
 """Keys are spread over this many buckets; a share of 10 % is the first 1,000 of them, so growing keeps who was in."""
@@ -31,7 +31,7 @@ class Decision:
     compare: float
     slots: Any = field(compare=False)  # a memoryview of integers, which the type checker does not know
     number: int
-    child: Sacrifice | None
+    child: TrialProcess | None
     why: str
     hint: str = ""
 

@@ -19,7 +19,7 @@ from synapse.hotpath.rollout.decision import BUCKETS, Decision, reference_only
 from synapse.hotpath.rollout.flags import Flags, evaluate
 from synapse.hotpath.rollout.plan import STAGES, Faults, Rollout, Stage
 from synapse.hotpath.rollout.records import Subject, advance
-from synapse.kernels.child import CALL_SECONDS, Crashed, Lost, NotSent, Sacrifice, Unusable
+from synapse.kernels.child import CALL_SECONDS, Crashed, Lost, NotSent, TrialProcess, Unusable
 from synapse.kernels.native import FoundBuild, python_forced
 from synapse.store import Store
 
@@ -50,7 +50,7 @@ class Standing:
     problem: str = ""
     hint: str = ""
     opened: Callable[..., Any] | None = None
-    child: Sacrifice | None = None
+    child: TrialProcess | None = None
     rollout: Rollout | None = None
     alerts: tuple[Alert, ...] = ()
     unknown_stage: str = ""
@@ -237,10 +237,10 @@ class Supervisor:
             path.report(Faults(problem=""))
         return decision
 
-    def _burn_in(self, path: HotPath[..., Any], standing: Standing, build: FoundBuild) -> Sacrifice:
+    def _burn_in(self, path: HotPath[..., Any], standing: Standing, build: FoundBuild) -> TrialProcess:
         """The child of a build that is not trusted in this process yet, running."""
         if standing.child is None:
-            standing.child = Sacrifice(path.native.bind, build.library, call_seconds=self._call_seconds)
+            standing.child = TrialProcess(path.native.bind, build.library, call_seconds=self._call_seconds)
         child = standing.child
         if not child.running:
             child.start()

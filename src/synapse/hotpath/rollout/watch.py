@@ -30,6 +30,7 @@ class Watch:
 
     Attributes:
         complaint: why the store cannot be used at present; empty when it can.
+        hint: what helps then.
     """
 
     def __init__(self, settings: Settings, *, interval: float = INTERVAL) -> None:
@@ -42,7 +43,7 @@ class Watch:
         self._served = threading.Condition()
         self._asked = 0
         self._answered = 0
-        self.complaint = ""
+        self.complaint = self.hint = ""
         self._looked = False
         self._thread = threading.Thread(target=self._watch, name="synapse-hotpath", daemon=True)
         self._thread.start()
@@ -86,6 +87,7 @@ class Watch:
                 async with Context(self._settings) as context:
                     await self._rounds(await context.get(open_store))
             except (SynapseError, OSError) as error:
+                self.hint = (error.hint if isinstance(error, SynapseError) else None) or ""
                 self._complain(str(error))
                 self._answer(asked)
                 self._sleep()
@@ -94,7 +96,7 @@ class Watch:
         while not self._stopping:
             asked = self._asked
             await self.supervisor.sync(store)
-            self.complaint = ""
+            self.complaint = self.hint = ""
             self._looked = True
             self._answer(asked)
             self._sleep()
@@ -115,7 +117,7 @@ class Watch:
         """Say once that the store cannot be used. Nothing is lost: counts and decisions stay as they are meanwhile."""
         if message != self.complaint:
             self.complaint = message
-            log.warning("hotpath.store_unavailable", message=message)
+            log.warning("hotpath.store_unavailable", message=message, hint=self.hint)
 
 
 _lock = threading.Lock()

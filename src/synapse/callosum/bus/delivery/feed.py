@@ -20,7 +20,7 @@ from synapse.callosum.bus.delivery.outcomes import Bury
 from synapse.callosum.bus.delivery.watcher import AGAIN, Watcher
 from synapse.callosum.log.contract import Delivery, Log, Reason, Start
 from synapse.callosum.message import LANES, Message, Tract
-from synapse.callosum.publish.publishing import log as diary
+from synapse.callosum.publish.publishing import log as logger
 from synapse.callosum.router.router import Full
 from synapse.errors import SynapseError, Unavailable
 
@@ -137,15 +137,15 @@ class Feed:
     async def stop(self) -> None:
         """End. What was claimed and not handled is given back at once; where the log is away, its lease ends it."""
         self._watcher.leave(self._more)
+        self._closing = self._stopping = True  # too: a client of a server may not heed being cancelled
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         left = [claimed.delivery for claimed in (*self._waiting.values(), *self._running.values())]
         if left and self.joined:
             with suppress(Exception):  # the log is away, or a client of it is broken: there is nothing left to try
                 async with asyncio.timeout(RELEASE_S):
                     await self._log.release(self._membership.group, left)
-        self._closing = self._stopping = True  # too: a client of a server may not heed being cancelled
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
     def attentive(self) -> bool:
@@ -329,7 +329,7 @@ class Feed:
 
     def _complain(self, what: str, error: Exception) -> None:
         defect = not isinstance(error, SynapseError)
-        diary.warning(what, group=self._membership.group, message=str(error), exc_info=defect)
+        logger.warning(what, group=self._membership.group, message=str(error), exc_info=defect)
 
 
 def _lost(delivery: Delivery) -> int:

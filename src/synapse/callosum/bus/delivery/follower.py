@@ -11,7 +11,7 @@ from synapse.callosum.bus.delivery.ours import Ours
 from synapse.callosum.bus.delivery.watcher import AGAIN, Watcher
 from synapse.callosum.log.contract import Log
 from synapse.callosum.message import Message
-from synapse.callosum.publish.publishing import log as diary
+from synapse.callosum.publish.publishing import log as logger
 from synapse.errors import SynapseError
 
 PAGE = 256
@@ -62,7 +62,7 @@ class Follower:
                 failures += 1
                 if failures == 1:
                     defect = not isinstance(error, SynapseError)
-                    diary.warning("bus.not_followed", message=str(error), exc_info=defect)
+                    logger.warning("bus.not_followed", message=str(error), exc_info=defect)
                 await asyncio.sleep(AGAIN.wait_s(failures, random.random))
 
     async def _page(self, position: str) -> str | None:

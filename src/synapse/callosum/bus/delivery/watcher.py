@@ -7,7 +7,7 @@ import random
 
 from synapse.callosum.bus.delivery.backoff import Backoff
 from synapse.callosum.log.contract import Log
-from synapse.callosum.publish.publishing import log as diary
+from synapse.callosum.publish.publishing import log as logger
 from synapse.errors import SynapseError
 
 LONGEST_WAIT_S = 1.0
@@ -56,7 +56,7 @@ class Watcher:
                 if failures == 1:
                     defect = not isinstance(error, SynapseError)
                     hint = error.hint if isinstance(error, SynapseError) else None
-                    diary.warning("bus.log_away", message=str(error), hint=hint, exc_info=defect)
+                    logger.warning("bus.log_away", message=str(error), hint=hint, exc_info=defect)
                 await asyncio.sleep(AGAIN.wait_s(failures, random.random))
                 continue
             self._ready.set()

@@ -7,8 +7,9 @@ import contextlib
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,9 @@ from synapse.errors import SynapseError, Unavailable
 MOST_CALLS = 4096
 MOST_CHARACTERS = 16 << 20
 """What one transaction gathers, at most."""
-POLL_S = 0.02
-"""How often a log that somebody waits for looks for what other processes have written."""
+POLL_S, IDLE_POLL_S, ACTIVE_S = 0.02, 0.1, 2.0
+"""How often a log that somebody waits for looks whether another process has written to it: while something new came
+within the last seconds, and else. A look reads one number of the shared memory; only what it says is then read."""
 
 Row = tuple[int, str, str, str]
 """Tract, topic, key and body of a message."""
@@ -36,6 +38,10 @@ class Head:
     trimmed: int
     claims: int
     news: int
+    dead_dropped: int
+
+
+_COLUMNS = ", ".join(field.name for field in fields(Head))
 
 
 class Transaction:
@@ -43,13 +49,15 @@ class Transaction:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
-        self.head = Head(*db.execute("SELECT accepted, duplicates, trimmed, claims, news FROM log").fetchone())
+        self.head = Head(*db.execute(f"SELECT {_COLUMNS} FROM log").fetchone())  # noqa: S608 (ours)
+        self.unread: list[str] = []
+        """Groups that the log has stopped waiting for."""
         self._found = astuple(self.head)
 
     def finish(self) -> None:
         """Write the head if it has changed."""
         if (now := astuple(self.head)) != self._found:
-            self.db.execute("UPDATE log SET (accepted, duplicates, trimmed, claims, news) = (?, ?, ?, ?, ?)", now)
+            self.db.execute(f"UPDATE log SET ({_COLUMNS}) = (?, ?, ?, ?, ?, ?)", now)  # noqa: S608 (ours)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,10 +83,15 @@ class Commits:
         path: the file.
         append: accepts rows; for each, whether it was accepted.
         on_news: called in the loop when there may be something new.
+        on_unread: called in the loop with a group that the log has stopped waiting for.
     """
 
     def __init__(
-        self, path: Path, append: Callable[[Transaction, Sequence[Row]], list[bool]], on_news: Callable[[], None]
+        self,
+        path: Path,
+        append: Callable[[Transaction, Sequence[Row]], list[bool]],
+        on_news: Callable[[], None],
+        on_unread: Callable[[str], None],
     ) -> None:
         self.commits = 0
         """How many transactions that write have been committed."""
@@ -87,6 +100,7 @@ class Commits:
         self._path = path
         self._append = append
         self._on_news = on_news
+        self._on_unread = on_unread
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[tuple[Call, bool] | None] = queue.SimpleQueue()
         self._opened: asyncio.Future[None] = self._loop.create_future()
@@ -97,6 +111,9 @@ class Commits:
         self._writes: list[Call] = []
         self._ending = False
         self._news = 0
+        self._news_at = 0.0
+        self._version = -1
+        """What SQLite calls the state of the file; another connection's commit changes it."""
 
     async def open(self) -> None:
         """Start the thread. Raises as `synapse.callosum.log.sqlite.file.connect`."""
@@ -172,7 +189,7 @@ class Commits:
         size = sum(len(row[3]) for call in self._writes for row in call.rows)
         while not self._ending and len(self._writes) + len(self._reads) < MOST_CALLS and size < MOST_CHARACTERS:
             try:
-                found = self._queue.get(wait, POLL_S if self.waiting else None)
+                found = self._queue.get(wait, self._pause())
             except queue.Empty:
                 break
             wait = False
@@ -183,9 +200,24 @@ class Commits:
             (self._writes if writes else self._reads).append(call)
             size += sum(len(row[3]) for row in call.rows)
 
+    def _pause(self) -> float | None:
+        """How long to wait for a call before the next look for news, None where nobody wants any."""
+        if not self.waiting:
+            return None
+        return POLL_S if time.monotonic() - self._news_at < ACTIVE_S else IDLE_POLL_S
+
+    def _changed(self, db: sqlite3.Connection) -> bool:
+        """Whether another connection has written to the file since this was last asked."""
+        before = self._version
+        try:
+            (self._version,) = db.execute("PRAGMA data_version").fetchone()
+        except sqlite3.Error:  # what is wrong is found by the look
+            return True
+        return self._version != before
+
     def _do_reads(self, db: sqlite3.Connection) -> None:
         """What has been gathered that changes nothing, and a look for news."""
-        if self._reads or self.waiting:
+        if self._reads or (self.waiting and self._changed(db)):
             calls, self._reads = self._reads, []
             self._finish(calls, lambda: self._attempt(db, "BEGIN", calls))
 
@@ -203,6 +235,8 @@ class Commits:
             results = [(call, translated(error, self._path)) for call in calls]
         except Exception as error:  # a defect: those who wait raise it
             results = [(call, error) for call in calls]
+        if self._news != before:
+            self._news_at = time.monotonic()
         if results or self._news != before:
             self._tell(self._resolve, results, self._news != before)
 
@@ -219,6 +253,8 @@ class Commits:
             db.execute("COMMIT")
             self.commits += db.total_changes > before
             self._news = transaction.head.news
+            for group in transaction.unread:
+                self._tell(self._on_unread, group)
             return results
         finally:
             if db.in_transaction:

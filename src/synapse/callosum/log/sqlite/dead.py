@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from synapse.callosum.log.contract import Reason, no_dead_letter, no_group
+from synapse.callosum.log.contract import OLDEST_DEAD_S, Reason, no_dead_letter, no_group
 from synapse.callosum.log.sqlite.commits import Transaction
 from synapse.callosum.log.sqlite.groups import token_parts
 
@@ -13,8 +13,10 @@ Letter = tuple[int, str, Reason, str, int, float, int, str]
 """Id, group, reason, error, attempts, time, tract and body of a dead letter."""
 
 
-def bury(transaction: Transaction, *, group: str, token: str, reason: Reason, error: str, now: float) -> None:
-    """Make a dead letter of what is pending."""
+def bury(
+    transaction: Transaction, *, group: str, token: str, reason: Reason, error: str, now: float, most: int
+) -> None:
+    """Make a dead letter of what is pending, and drop those that are too old or too many."""
     number, claim = token_parts(token)
     made = transaction.db.execute(
         """INSERT INTO dead (name, number, tract, reason, error, attempts, at, body)
@@ -27,6 +29,10 @@ def bury(transaction: Transaction, *, group: str, token: str, reason: Reason, er
         transaction.db.execute(
             "DELETE FROM pending WHERE owner = (SELECT id FROM groups WHERE name = ?) AND number = ?", (group, number)
         )
+        transaction.head.dead_dropped += transaction.db.execute(
+            """DELETE FROM dead WHERE at < ? OR id <= (SELECT id FROM dead ORDER BY id DESC LIMIT 1 OFFSET ?)""",
+            (now - OLDEST_DEAD_S, most),
+        ).rowcount
 
 
 def dead(transaction: Transaction, limit: int) -> list[Letter]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from synapse.callosum.log.contract import GroupStats, LogStats, Start, no_group
+from synapse.callosum.log.contract import READ_NOTED_S, GroupStats, LogStats, Start, no_group
 from synapse.callosum.log.sqlite.commits import Transaction
 from synapse.callosum.log.sqlite.messages import new_of
 from synapse.callosum.message import Tract
@@ -46,15 +46,15 @@ def token_parts(token: str) -> tuple[int, int]:
     return int(number), int(claim)
 
 
-def join(transaction: Transaction, group: str, pattern: str, start: Start, lease_s: float) -> None:
+def join(transaction: Transaction, *, group: str, pattern: str, start: Start, lease_s: float, now: float) -> None:
     """Make a group, or change its pattern and lease."""
     head = transaction.head
     begin = head.accepted if start == "new" else head.trimmed
     transaction.db.execute(
-        """INSERT INTO groups (name, pattern, lease_s, cursor0, cursor1, handled, redelivered)
-        VALUES (?, ?, ?, ?, ?, 0, 0) ON CONFLICT (name)
-        DO UPDATE SET pattern = excluded.pattern, lease_s = excluded.lease_s""",
-        (group, pattern, lease_s, begin, begin),
+        """INSERT INTO groups (name, pattern, lease_s, cursor0, cursor1, handled, redelivered, read_at)
+        VALUES (?, ?, ?, ?, ?, 0, 0, ?) ON CONFLICT (name) DO UPDATE
+        SET pattern = excluded.pattern, lease_s = excluded.lease_s, read_at = excluded.read_at, unread = 0""",
+        (group, pattern, lease_s, begin, begin, now),
     )
 
 
@@ -68,10 +68,13 @@ def claim(transaction: Transaction, group: str, limit: int, tract: Tract, now: f
     """Up to `limit` messages: first those that are due again, then new ones."""
     db, head = transaction.db, transaction.head
     cursor_name = f"cursor{int(tract)}"  # cursor0 or cursor1: nothing from outside is in the SQL below
-    mine = db.execute(f"SELECT id, pattern, lease_s, {cursor_name} FROM groups WHERE name = ?", (group,)).fetchone()  # noqa: S608
+    statement = f"SELECT id, pattern, lease_s, {cursor_name}, read_at FROM groups WHERE name = ?"  # noqa: S608
+    mine = db.execute(statement, (group,)).fetchone()
     if mine is None:
         raise no_group(group)
-    owner, pattern, lease_s, cursor = mine
+    owner, pattern, lease_s, cursor, read_at = mine
+    if now - read_at > READ_NOTED_S:
+        db.execute("UPDATE groups SET read_at = ?, unread = 0 WHERE id = ?", (now, owner))
     head_claim = head.claims + 1
     numbers, attempts, failures, bodies = map(
         json.loads, db.execute(_DUE, (owner, tract, now, max(0, limit))).fetchone()
@@ -172,12 +175,13 @@ def stats(transaction: Transaction) -> LogStats:
             handled,
             redelivered,
             dead.get(name, 0),
+            read_at,
         )
-        for owner, name, pattern, *cursors, handled, redelivered in db.execute(
-            "SELECT id, name, pattern, cursor0, cursor1, handled, redelivered FROM groups ORDER BY name"
+        for owner, name, pattern, *cursors, handled, redelivered, read_at in db.execute(
+            "SELECT id, name, pattern, cursor0, cursor1, handled, redelivered, read_at FROM groups ORDER BY name"
         ).fetchall()
     ]
-    return LogStats(head.accepted - head.trimmed, head.accepted, head.duplicates, tuple(groups))
+    return LogStats(head.accepted - head.trimmed, head.accepted, head.duplicates, tuple(groups), head.dead_dropped)
 
 
 def _waiting(transaction: Transaction, tract: int, cursor: int, pattern: str) -> int:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from synapse.callosum.log.changes import Changes
 from synapse.callosum.log.contract import (
+    KEEP,
+    MOST_DEAD,
     DeadLetter,
     Delivery,
     Entry,
@@ -28,6 +30,7 @@ from synapse.callosum.log.sqlite import groups as sqlite_groups
 from synapse.callosum.log.sqlite import messages as sqlite_messages
 from synapse.callosum.log.sqlite.commits import Commits, Transaction
 from synapse.callosum.log.sqlite.groups import Claimed
+from synapse.callosum.log.unread import tell_unread
 from synapse.callosum.log.unreadable import is_unreadable, read_message
 from synapse.callosum.message import Message, Tract, to_wire
 from synapse.callosum.topics import matcher
@@ -43,18 +46,27 @@ class SqliteLog:
     Leases and pauses go by the clock of the machine, which the processes share.
     """
 
-    def __init__(self, path: Path, keep: int, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, path: Path, keep: int, most_dead: int, clock: Callable[[], float]) -> None:
+        self._clock, self._most_dead = clock, most_dead
         self._changes = Changes()
-        self._commits = Commits(path, partial(sqlite_messages.accept, keep=keep), self._changes.note)
+        accept = partial(sqlite_messages.accept, keep=keep, clock=clock)
+        self._commits = Commits(path, accept, self._changes.note, tell_unread)
 
     @classmethod
-    async def open(cls, path: Path, *, keep: int = 100_000, clock: Callable[[], float] = time.time) -> SqliteLog:
+    async def open(
+        cls,
+        path: Path,
+        *,
+        keep: int = KEEP,
+        most_dead: int = MOST_DEAD,
+        clock: Callable[[], float] = time.time,
+    ) -> SqliteLog:
         """The log in this file, made where there is none. Close it when done.
 
         Args:
             path: the file, in a folder that exists, on a disk of this machine.
             keep: how many of the newest messages are kept although every group has handled them.
+            most_dead: how many dead letters are kept.
             clock: seconds since 1970.
 
         Raises:
@@ -65,7 +77,7 @@ class SqliteLog:
         """
         if keep < 0:
             raise InvalidInput(f"a log keeps 0 or more messages, not {keep}")
-        log = cls(path, keep, clock)
+        log = cls(path, keep, most_dead, clock)
         await log._commits.open()
         return log
 
@@ -95,7 +107,7 @@ class SqliteLog:
     async def join(self, group: str, pattern: str, *, start: Start = "new", lease_s: float = 30.0) -> None:
         checked_join(group, pattern, lease_s)
         await self._commits.write(
-            partial(sqlite_groups.join, group=group, pattern=pattern, start=start, lease_s=lease_s)
+            partial(sqlite_groups.join, group=group, pattern=pattern, start=start, lease_s=lease_s, now=self._clock())
         )
 
     async def leave(self, group: str) -> None:
@@ -141,6 +153,7 @@ class SqliteLog:
                 reason=reason,
                 error=writable,
                 now=self._clock(),
+                most=self._most_dead,
             )
         )
 

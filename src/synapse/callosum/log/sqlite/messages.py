@@ -7,8 +7,9 @@ wait: so what has many rows goes in and comes out as one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from synapse.callosum.log.contract import UNREAD_S
 from synapse.callosum.log.sqlite.commits import Row, Transaction
 from synapse.callosum.topics import matcher
 
@@ -32,13 +33,13 @@ _NEW = _PAGE.format(
 _UNHANDLED = """SELECT
     min((SELECT min(number) FROM messages WHERE tract = 0 AND number > cursor0)),
     min((SELECT min(number) FROM messages WHERE tract = 1 AND number > cursor1)),
-    min((SELECT min(number) FROM pending WHERE owner = id)) FROM groups"""
+    min((SELECT min(number) FROM pending WHERE owner = id)) FROM groups WHERE read_at > ?"""
 
 Found = list[tuple[int, str]]
 """Number and body of messages."""
 
 
-def accept(transaction: Transaction, rows: Sequence[Row], keep: int) -> list[bool]:
+def accept(transaction: Transaction, rows: Sequence[Row], keep: int, clock: Callable[[], float]) -> list[bool]:
     """Accept messages, except those whose key is there, and forget what nobody needs any more."""
     db, head = transaction.db, transaction.head
     known = set(json.loads(db.execute(_KNOWN, (json.dumps([key for _, _, key, _ in rows]),)).fetchone()[0]))
@@ -55,22 +56,36 @@ def accept(transaction: Transaction, rows: Sequence[Row], keep: int) -> list[boo
         db.execute(_INSERT + ",".join(["(?,?,?,?,?)"] * (len(part) // 5)), part)
     head.duplicates += len(rows) - sum(accepted)
     head.news += bool(values)
-    _trim(transaction, keep)
+    _trim(transaction, keep, clock() - UNREAD_S)
     return accepted
 
 
-def _trim(transaction: Transaction, keep: int) -> None:
-    """Forget the messages that every group has handled, from the oldest on, but for the newest."""
+def _trim(transaction: Transaction, keep: int, read_after: float) -> None:
+    """Forget the messages that every group that is read has handled, from the oldest on, but for the newest."""
     head = transaction.head
     most = head.accepted - keep
     least = max(1, min(1000, keep // 10))
     if most - head.trimmed < least:
         return
-    unhandled = transaction.db.execute(_UNHANDLED).fetchone()
+    unhandled = transaction.db.execute(_UNHANDLED, (read_after,)).fetchone()
     most = min(most, head.trimmed + MOST_TRIMMED, *(number - 1 for number in unhandled if number is not None))
     if most - head.trimmed >= least:
         transaction.db.execute("DELETE FROM messages WHERE number <= ?", (most,))
         head.trimmed = most
+        _pass_over(transaction, read_after)
+
+
+def _pass_over(transaction: Transaction, read_after: float) -> None:
+    """What was forgotten is forgotten by the groups that nobody reads, too."""
+    db = transaction.db
+    unread = db.execute("SELECT id, name, unread FROM groups WHERE read_at <= ?", (read_after,)).fetchall()
+    for owner, name, said in unread:
+        lost = db.execute(
+            "DELETE FROM pending WHERE owner = ? AND number <= ? AND body IS NULL", (owner, transaction.head.trimmed)
+        ).rowcount
+        behind = "UPDATE groups SET unread = 1 WHERE id = ? AND (? OR min(cursor0, cursor1) < ?)"
+        if not said and db.execute(behind, (owner, lost, transaction.head.trimmed)).rowcount:
+            transaction.unread.append(name)
 
 
 def read(transaction: Transaction, after: int, limit: int, pattern: str) -> Found:

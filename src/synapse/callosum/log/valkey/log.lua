@@ -12,6 +12,8 @@ local META, TAKEN, GROUPS = prefix .. 'meta', prefix .. 'keys', prefix .. 'group
 local DEAD, DEAD_COUNTS, BELL = prefix .. 'dead', prefix .. 'dead-counts', prefix .. 'bell'
 local STREAMS = { ['0'] = prefix .. 'external', ['1'] = prefix .. 'internal' }
 -- In one step: entries looked at, bytes given, fewest entries let go of, arguments of a command, entries of one.
+-- After so many milliseconds without a claim a group keeps nothing from being let go of; dead letters go then, too.
+local UNREAD, OLDEST_DEAD = 7 * 24 * 3600000, 30 * 24 * 3600000
 local MOST_SCANNED, MOST_BYTES, LEAST_TRIMMED, MOST_ARGUMENTS, PAGE = 2000, 8388608, 64, 1000, 128
 
 local function text(number) return string.format('%.0f', number) end
@@ -128,16 +130,25 @@ local function first_needed(uid, name, tract)
   return needed
 end
 
--- Let go of what every group has handled, beyond the newest `keep` messages; not each time that some came or went, and
--- of a bounded number of them.
+-- Let go of what every group that is read has handled, beyond the newest `keep` messages; not each time that some came
+-- or went, and of a bounded number of them. Answers the names of groups that are waited for no longer, a line each.
 local function trim(keep, changed)
   local since = redis.call('HINCRBY', META, 'since', changed)
-  if since < LEAST_TRIMMED then return end
+  if since < LEAST_TRIMMED then return '' end
   redis.call('HSET', META, 'since', 0)
   local most = LEAST_TRIMMED + 2 * since
   local cut = meta('seq') - meta('copies') - keep
-  if meta('trimmed') >= cut then return end
-  local groups, cleared = redis.call('HGETALL', GROUPS), cut
+  if meta('trimmed') >= cut then return '' end
+  local groups, cleared, unread, told = {}, cut, milliseconds() - UNREAD, {}
+  local all = redis.call('HGETALL', GROUPS)
+  for at = 1, #all, 2 do
+    if tonumber(redis.call('HGET', group_key(all[at + 1]), 'read') or unread + 1) > unread then
+      groups[#groups + 1] = all[at]
+      groups[#groups + 1] = all[at + 1]
+    elseif redis.call('HSETNX', group_key(all[at + 1]), 'unread', 1) == 1 then
+      told[#told + 1] = all[at]
+    end
+  end
   for tract, stream in pairs(STREAMS) do
     local floor = cut
     for at = 1, #groups, 2 do
@@ -157,6 +168,13 @@ local function trim(keep, changed)
     cleared = math.min(cleared, floor)
   end
   redis.call('HSET', META, 'trimmed', text(cleared))
+  return table.concat(told, '\n')
+end
+
+-- Note that a group is read; a server that is full gives what there is all the same.
+local function note_read(uid)
+  redis.pcall('HSET', group_key(uid), 'read', text(milliseconds()))
+  redis.call('HDEL', group_key(uid), 'unread')
 end
 
 -- Wake who waits in XREAD: something is due at another time than they know.
@@ -195,8 +213,7 @@ function operations.append(keep, ...)
   redis.call('HINCRBY', META, 'seq', accepted)
   redis.call('HINCRBY', META, 'accepted', accepted)
   redis.call('HINCRBY', META, 'duplicates', #taken - accepted)
-  trim(tonumber(keep), accepted)
-  return table.concat(taken)
+  return table.concat(taken) .. trim(tonumber(keep), accepted)
 end
 
 -- Answers: the number of the newest message, and the bell's.
@@ -236,6 +253,7 @@ function operations.join(name, pattern, lease, start)
     redis.call('HSET', group_key(uid), 'handled', 0, 'redelivered', 0)
   end
   redis.call('HSET', group_key(uid), 'pattern', pattern, 'lease', lease)
+  note_read(uid)
   for _, stream in pairs(STREAMS) do
     for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', stream, name)) do
       local found = {}
@@ -264,7 +282,7 @@ function operations.claim(name, consumer, limit, tract)
   local uid = redis.call('HGET', GROUPS, name)
   if not uid then return false end
   limit = tonumber(limit)
-  local about = redis.call('HMGET', group_key(uid), 'pattern', 'lease')
+  local about = redis.call('HMGET', group_key(uid), 'pattern', 'lease', 'read')
   local stream, due, now = STREAMS[tract], due_key(uid, tract), milliseconds()
   local rows, leases, redelivered, bytes = {}, {}, 0, 0
   local again = text(now + tonumber(about[2]))
@@ -314,6 +332,7 @@ function operations.claim(name, consumer, limit, tract)
     redis.call(unpack(part))
   end
   in_parts(leases, 'ZADD', due)
+  if tonumber(about[3] or 0) < now - 3600000 then note_read(uid) end
   local soonest = redis.call('ZRANGE', due, 0, 0, 'WITHSCORES')[2]
   local wait = soonest and math.max(0, tonumber(soonest) - now) or -1
   local seen = drained and meta('seq') or at
@@ -356,22 +375,31 @@ function operations.release(name, uid, ...)
   ring()
 end
 
+local function forget(id, group)
+  redis.call('XDEL', DEAD, id)
+  if redis.call('HINCRBY', DEAD_COUNTS, group, -1) <= 0 then redis.call('HDEL', DEAD_COUNTS, group) end
+end
+
 function operations.bury(name, uid, tract, number, attempt, reason, message)
+  local most = tonumber(ARGV[9])
   if not stands(uid, name, tract, number, attempt) then return end
   local stream, id, now = STREAMS[tract], entry_id(number), milliseconds()
-  local fields = fields_of(redis.call('XRANGE', stream, id, id)[1])
+  local entry = redis.call('XRANGE', stream, id, id)[1]
   redis.call('XACK', stream, name, id)
   redis.call('ZREM', due_key(uid, tract), member_of(tonumber(number)))
+  if not entry then return end -- it was let go of: nobody had read the group for long
+  local fields = fields_of(entry)
   local failed = redis.call('HGET', failed_key(uid, tract), number) or 0
   redis.call('HDEL', failed_key(uid, tract), number)
   redis.call('XADD', DEAD, '*', 'group', name, 'reason', reason, 'error', message, 'attempts', failed + 1,
     'at', text(now), 'tract', tract, 't', fields.t, 'm', fields.m)
   redis.call('HINCRBY', DEAD_COUNTS, name, 1)
-end
-
-local function forget(id, group)
-  redis.call('XDEL', DEAD, id)
-  if redis.call('HINCRBY', DEAD_COUNTS, group, -1) <= 0 then redis.call('HDEL', DEAD_COUNTS, group) end
+  for _, entry in ipairs(redis.call('XRANGE', DEAD, '-', '+', 'COUNT', PAGE)) do
+    local letter = fields_of(entry)
+    if redis.call('XLEN', DEAD) <= most and tonumber(letter.at) >= now - OLDEST_DEAD then break end
+    forget(entry[1], letter.group)
+    redis.call('HINCRBY', META, 'dead_dropped', 1)
+  end
 end
 
 local function give_back(id, fields)
@@ -433,17 +461,19 @@ function operations.all_letters(what, from, last)
   return { done, #entries == PAGE and '(' .. entries[#entries][1] or '', last }
 end
 
--- kept, accepted, duplicates; then of each group: uid, name, pattern, pending, handled, redelivered, dead
+-- kept, accepted, duplicates, dead letters dropped; then of each group: uid, name, pattern, pending, handled,
+-- redelivered, dead, when it was read
 function operations.stats()
   local kept = -meta('copies')
   for _, stream in pairs(STREAMS) do kept = kept + redis.call('XLEN', stream) end
-  local found, groups = { kept, meta('accepted'), meta('duplicates') }, redis.call('HGETALL', GROUPS)
+  local found = { kept, meta('accepted'), meta('duplicates'), meta('dead_dropped') }
+  local groups = redis.call('HGETALL', GROUPS)
   for at = 1, #groups, 2 do
     local name, uid, pending = groups[at], groups[at + 1], 0
     for _, stream in pairs(STREAMS) do pending = pending + redis.call('XPENDING', stream, name)[1] end
-    local about = redis.call('HMGET', group_key(uid), 'pattern', 'handled', 'redelivered')
+    local about = redis.call('HMGET', group_key(uid), 'pattern', 'handled', 'redelivered', 'read')
     local dead = redis.call('HGET', DEAD_COUNTS, name) or '0'
-    for _, value in ipairs({ uid, name, about[1], pending, about[2], about[3], dead }) do found[#found + 1] = value end
+    for _, value in ipairs({ uid, name, about[1], pending, about[2], about[3], dead, about[4] or '0' }) do found[#found + 1] = value end
   end
   return found
 end

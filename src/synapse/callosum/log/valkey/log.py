@@ -17,6 +17,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final, Self, get_args
 
 from synapse.callosum.log.contract import (
+    KEEP,
+    MOST_DEAD,
     DeadLetter,
     Delivery,
     Entry,
@@ -31,6 +33,7 @@ from synapse.callosum.log.contract import (
     no_position,
 )
 from synapse.callosum.log.gathering import Gathering
+from synapse.callosum.log.unread import tell_unread
 from synapse.callosum.log.unreadable import is_unreadable, read_message
 from synapse.callosum.log.valkey.changes import Changes, Look
 from synapse.callosum.log.valkey.client import client, reachable
@@ -58,9 +61,9 @@ _LETTER = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 class ValkeyLog:
     """See `synapse.callosum.log.contract.Log` for what it promises. It belongs to the event loop it was made in."""
 
-    def __init__(self, server: Valkey, prefix: str, keep: int, timeout_s: float) -> None:
+    def __init__(self, server: Valkey, prefix: str, keep: int, most_dead: int, timeout_s: float) -> None:
         """For `connect`, which also checks the server."""
-        self._server, self._keep = server, keep
+        self._server, self._keep, self._most_dead = server, keep, most_dead
         self._timeout_s = timeout_s
         self._steps = Steps(server, prefix, timeout_s)
         self._changes = Changes(server, self._steps, prefix, timeout_s)
@@ -69,13 +72,22 @@ class ValkeyLog:
         )
 
     @classmethod
-    async def connect(cls, url: str, *, prefix: str = "synapse:", keep: int = 100_000, timeout_s: float = 10.0) -> Self:
+    async def connect(
+        cls,
+        url: str,
+        *,
+        prefix: str = "synapse:",
+        keep: int = KEEP,
+        most_dead: int = MOST_DEAD,
+        timeout_s: float = 10.0,
+    ) -> Self:
         """The log in this server.
 
         Args:
             url: as in `synapse.callosum.log.valkey.client.client`.
             prefix: what the names of all its keys begin with.
             keep: at least so many of the newest messages stay for readers, and their idempotency keys.
+            most_dead: how many dead letters are kept.
             timeout_s: after so long without an answer the server counts as unavailable.
 
         Raises:
@@ -87,7 +99,7 @@ class ValkeyLog:
         """
         if keep < 0:
             raise InvalidInput(f"a log keeps 0 or more messages, not {keep}")
-        log = cls(client(url, timeout_s), prefix, keep, timeout_s)
+        log = cls(client(url, timeout_s), prefix, keep, most_dead, timeout_s)
         try:
             await log._check()
         except BaseException:
@@ -125,7 +137,10 @@ class ValkeyLog:
 
     async def _send(self, parts: list[tuple[Argument, ...]]) -> list[bool]:
         flat = [argument for part in parts for argument in part]
-        return [flag == ord("1") for flag in await self._steps.run("append", self._keep, *flat, durable=True)]
+        answer = await self._steps.run("append", self._keep, *flat, durable=True)
+        for group in answer[len(parts) :].decode().splitlines():
+            tell_unread(group)
+        return [flag == ord("1") for flag in answer[: len(parts)]]
 
     async def read(self, after: Position | None, limit: int, pattern: str = "**") -> list[Entry]:
         """Messages behind a position, oldest first."""
@@ -200,7 +215,7 @@ class ValkeyLog:
     async def bury(self, group: str, delivery: Delivery, reason: Reason, error: str) -> None:
         """Keep it as a dead letter."""
         text = error[:MOST_ERROR].encode(errors="replace")
-        await self._steps.run("bury", group, *delivery.token.split("-"), reason, text)
+        await self._steps.run("bury", group, *delivery.token.split("-"), reason, text, self._most_dead)
 
     async def dead(self, limit: int = 100) -> list[DeadLetter]:
         """Dead letters, newest first."""
@@ -242,13 +257,14 @@ class ValkeyLog:
 
     async def stats(self) -> LogStats:
         """How much there is."""
-        kept, accepted, duplicates, *values = await self._steps.run("stats")
+        kept, accepted, duplicates, dropped, *values = await self._steps.run("stats")
         found = []
-        for at in range(0, len(values), 7):
+        for at in range(0, len(values), 8):
             uid, group, pattern = (value.decode() for value in values[at : at + 3])
+            read_at = int(values[at + 7]) / 1000
             waiting = sum([await self._waiting(uid, group, pattern, tract) for tract in Tract])
-            found.append(GroupStats(group, pattern, waiting, *map(int, values[at + 3 : at + 7])))
-        return LogStats(kept, accepted, duplicates, tuple(sorted(found, key=lambda one: one.group)))
+            found.append(GroupStats(group, pattern, waiting, *map(int, values[at + 3 : at + 7]), read_at))
+        return LogStats(kept, accepted, duplicates, tuple(sorted(found, key=lambda one: one.group)), dropped)
 
     async def _waiting(self, uid: str, group: str, pattern: str, tract: Tract) -> int:
         waiting, position = 0, b"cursor"
