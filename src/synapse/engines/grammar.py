@@ -114,13 +114,23 @@ class Constraint:
         """Whether the answer is whole and nothing but the end can follow."""
         return bool(self._matcher.is_stopped())
 
+    def mask(self) -> NDArray[np.uint32]:
+        """Which tokens may come next, uint32[ceil(vocab / 32)]: token t is bit t % 32 of word t // 32.
+
+        The same array each time, overwritten by the next call.
+        """
+        if self._closing:
+            token = self._closing_token(self._matcher)
+            self._bits[:] = 0
+            self._bits.view(np.uint32)[0, token // 32] = np.uint32(1 << token % 32)
+        else:
+            fill_next_token_bitmask(self._matcher, self._bits)
+        return self._bits.view(np.uint32)[0]
+
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, bool[vocab]."""
-        if self._closing:
-            only = np.zeros(self._vocab, np.bool_)
-            only[self._closing_token(self._matcher)] = True
-            return only
-        return self._mask(self._matcher)
+        bits = self.mask().view(np.uint8)
+        return np.unpackbits(bits, count=self._vocab, bitorder="little").view(np.bool_)
 
     def accept(self, token: int, remaining: int) -> int:
         """Take the sampled token, or, when the answer could then no longer end in time, one that leads to the end.
