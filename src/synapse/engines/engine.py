@@ -19,7 +19,7 @@ from synapse.config import load_settings
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
 from synapse.engines.cache.layers import LayerCache, LoadedLayer
 from synapse.engines.cache.memory import default_cache_tokens
-from synapse.engines.grammar import Constraint, Grammars
+from synapse.engines.grammar import BadGrammar, Constraint, GrammarFailed, Grammars
 from synapse.engines.native.layers import Precision
 from synapse.engines.native.model import cores
 from synapse.engines.native.packed.file import Quantisation
@@ -121,6 +121,7 @@ class Counters:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     requests: int = 0
+    grammar_failures: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     guessed_tokens: int = 0
@@ -197,6 +198,8 @@ class Engine:
         for layer_id, _ in request.layers:
             self.layers.get(layer_id)
         constraint = self.compile_grammar(request.grammar) if request.grammar else None
+        if constraint is not None:
+            limit = self._check_budget(request, limit, constraint.shortest)
         seq = Sequence(
             f"r{next(self._ids)}",
             request,
@@ -348,6 +351,9 @@ class Engine:
         try:
             return self._continue(seq, logits, row)
         except SynapseError as error:
+            if isinstance(error, GrammarFailed):
+                self.counters.grammar_failures += 1
+                log.exception("engine.grammar_failed", request=seq.id, reason=error.message)
             return [self._end(seq, "error", error)]
         except Exception as error:  # a defect, which its caller and the log are told of
             log.exception("choosing a token failed", request=seq.id)
@@ -376,7 +382,9 @@ class Engine:
         if ends or (seq.constraint and seq.constraint.complete):
             finish = "stop"
         elif remaining <= 0:
-            finish = "length"
+            finish = "stop" if seq.constraint and seq.constraint.accepting else "length"
+        if seq.constraint and finish == "stop":
+            seq.constraint.check_answer()
         text = seq.text.push(b"" if ends else self.tokenizer.token_bytes(token), last=finish is not None)
         if seq.text.stopped:
             finish = "stop"
@@ -407,9 +415,7 @@ class Engine:
                 param="messages",
             )
         limit = self.context
-        if request.max_tokens is None and request.grammar is not None:
-            limit = min(limit, prompt + GRAMMAR_TOKENS)
-        elif request.max_tokens is not None:
+        if request.max_tokens is not None:
             if request.max_tokens < 1:
                 raise InvalidInput(f"max_tokens must be at least 1, not {request.max_tokens}", param="max_tokens")
             limit = prompt + request.max_tokens
@@ -431,12 +437,27 @@ class Engine:
         check_sampling(request.sampling, self.config.vocab)
         return limit
 
+    def _check_budget(self, request: Request, limit: int, shortest: int) -> int:
+        """Refuse a grammar whose shortest answer does not fit; otherwise the most tokens the sequence may reach."""
+        prompt = len(request.prompt)
+        if shortest > limit - prompt:
+            what = "max_tokens allows" if request.max_tokens is not None else "the context has room for"
+            raise BadGrammar(
+                f"the shortest answer that fits the {(request.grammar or Grammar('regex')).kind.replace('_', ' ')}"
+                f" has {shortest} tokens; {what} {limit - prompt}",
+                hint=f"ask for at least {shortest} tokens, or simplify the schema",
+                param="max_tokens",
+            )
+        if request.max_tokens is None:
+            limit = min(limit, prompt + max(GRAMMAR_TOKENS, 2 * shortest))
+        return limit
+
     @cached_property
     def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer)
+        return Grammars(self.tokenizer, self.context)
 
     def compile_grammar(self, grammar: Grammar) -> Constraint:
-        """Compile a grammar (kept, so that `add` finds it ready). A complex one takes up to a second.
+        """Compile a grammar (kept, so that `add` finds it ready). A complex one takes some seconds.
 
         Raises:
             BadGrammar: it cannot be compiled.

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -68,6 +69,8 @@ class EngineRunner:
         self._wake = threading.Condition()
         self._closing = False
         engine.layers.on_fetched = self._layer_is_there
+        # One at a time, beside everything else that waits for a thread: schemas of strangers take seconds.
+        self._compiler = ThreadPoolExecutor(1, "synapse-grammar")
         self._thread = threading.Thread(target=self._run, name="synapse-engine", daemon=True)
         self._thread.start()
 
@@ -76,6 +79,7 @@ class EngineRunner:
         with self._wake:
             self._closing = True
             self._wake.notify()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
@@ -97,7 +101,8 @@ class EngineRunner:
         stream = _Stream(request, asyncio.get_running_loop())
         try:
             if request.grammar is not None:
-                await asyncio.to_thread(self.engine.compile_grammar, request.grammar)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._compiler, self.engine.compile_grammar, request.grammar)
             if not self._post(lambda: self._start(stream)):
                 raise _stopped()
             while True:
