@@ -11,6 +11,11 @@ import pytest
 import structlog
 
 from support.default_model import default_encoder_path, default_model_path
+from support.time_limits import pytest_timeout_cancel_timer, pytest_timeout_set_timer, use_patient_profile
+
+__all__ = ["pytest_timeout_cancel_timer", "pytest_timeout_set_timer"]
+
+use_patient_profile()
 
 
 @pytest.fixture(scope="session")
