@@ -29,8 +29,9 @@ from synapse.personas.conversation_commands import (
     list_conversations,
     show_conversation,
 )
-from synapse.personas.conversations import say, start_conversation
+from synapse.personas.conversations import start_conversation
 from synapse.personas.entities import Message, Persona
+from synapse.personas.talking import say
 from synapse.store import Duplicate, Store
 
 

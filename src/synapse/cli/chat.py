@@ -22,15 +22,10 @@ from synapse.engines import open_engines
 from synapse.errors import InvalidInput, TooLarge
 from synapse.personas.base_model import ensure_base_model
 from synapse.personas.chat import TextDelta, TurnOptions
-from synapse.personas.conversations import (
-    TurnStarted,
-    conversation_of,
-    latest_conversation,
-    say,
-    start_conversation,
-)
+from synapse.personas.conversations import conversation_of, latest_conversation, start_conversation
 from synapse.personas.entities import MAX_MESSAGE_LENGTH, Conversation, Persona
 from synapse.personas.lookup import find_persona
+from synapse.personas.talking import TurnStarted, say
 from synapse.store import open_store
 
 

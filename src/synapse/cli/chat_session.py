@@ -18,8 +18,9 @@ from synapse.cli.text import left_out_notice, printable, style_of, tell, write_a
 from synapse.commands import Context
 from synapse.errors import InvalidInput, SynapseError
 from synapse.personas.chat import TextDelta, TurnFinished, TurnOptions
-from synapse.personas.conversations import TurnStarted, messages_of, say, start_conversation
+from synapse.personas.conversations import messages_of, start_conversation
 from synapse.personas.entities import Conversation, Persona
+from synapse.personas.talking import TurnStarted, say
 from synapse.store import open_store
 
 COMMAND = re.compile(r"/[a-z]+(?=\s|$)")

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from synapse.commands import Argument, Context, LocalPath, command, looks_like_path
 from synapse.errors import Conflict, InvalidInput
-from synapse.genome.commands import GenomeInfo, OneGenome, find_genome, show_genome
 from synapse.genome.entities import Genome
 from synapse.genome.events import publish_genome
 from synapse.genome.notation import NOTATION, parse_layers
+from synapse.genome.views import GenomeInfo, find_genome, genome_info
 from synapse.models.library import open_library
 from synapse.personas import conversation_commands
 from synapse.personas.entities import MAX_PROMPT_LENGTH, PERSONA_NAME, Conversation, Persona
@@ -246,7 +246,10 @@ async def get_genome(params: PersonaName, context: Context) -> PersonaGenome:
 
 
 async def _wears(context: Context, persona: Persona) -> PersonaGenome:
-    genome = await show_genome(OneGenome(name=persona.genome_id), context) if persona.genome_id else None
+    genome = None
+    if persona.genome_id:
+        store = await context.get(open_store)
+        genome = await genome_info(store, await find_genome(store, persona.genome_id))
     return PersonaGenome(persona=persona.name, genome=genome)
 
 
