@@ -9,6 +9,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -132,13 +133,15 @@ def _typer_program(program: Callable[..., None]) -> AnyCommand:
 
 def _typer_command(command: Command) -> AnyCommand:
     """The Typer command that runs a command of the registry."""
+    from synapse.cli.completion import completer
     from synapse.cli.options import signature_of
     from synapse.cli.run import run_command
 
     def callback(*, as_json: bool, **values: Any) -> None:
         run_command(command, values, as_json=as_json)
 
-    vars(callback)["__signature__"] = signature_of(command.params)
+    complete = partial(completer, command.group, command.verb)
+    vars(callback)["__signature__"] = signature_of(command.params, complete)
     callback.__annotations__.clear()
     app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings=HELP_OPTIONS)
     text = f"{command.summary}\n\n{command.description}".strip()

@@ -26,9 +26,12 @@ SECONDS_BETWEEN_SAVES = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TurnStarted:
-    """The message is kept and the model is about to answer; `left_out` older messages did not fit its context."""
+    """The model is about to answer; `left_out` older messages did not fit its context.
 
-    conversation_id: str
+    The message is kept in the conversation, unless there is none.
+    """
+
+    conversation_id: str | None
     left_out: int
 
 
@@ -74,6 +77,30 @@ async def say(
         raise
     finally:
         await kept.finish("cancelled")
+
+
+async def say_unkept(
+    context: Context, persona: Persona, said: list[ChatMessage], text: str, options: TurnOptions | None = None
+) -> AsyncGenerator[TurnStarted | ChatEvent]:
+    """Say something to who is not in the store, such as a bare model: only `said` remembers it, and grows by it.
+
+    Raises:
+        as `say`.
+    """
+    _check(text)
+    question = ChatMessage("user", text)
+    turn = await prepare_turn(context, persona, [*said, question], options)
+    yield TurnStarted(None, turn.left_out)
+    pieces: list[str] = []
+    try:
+        async with aclosing(run_turn(turn)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    pieces.append(event.text)
+                yield event
+    finally:
+        if pieces:
+            said += [question, ChatMessage("assistant", "".join(pieces))]
 
 
 def _check(text: str) -> None:
