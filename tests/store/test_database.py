@@ -17,8 +17,11 @@ from synapse.config import Settings
 from synapse.errors import Corrupt, InvalidInput, Overloaded, Unavailable
 from synapse.genome.entities import Genome, GenomeLayer
 from synapse.store import Contention, Store, connect, open_store, sqlite
+from synapse.store.columns import from_row, to_row
 from synapse.store.database import open_engine, parse_url
+from synapse.store.postgresql import PostgresDatabase
 from synapse.store.sqlite import SqliteDatabase
+from synapse.store.transaction import Query
 
 
 @pytest.mark.parametrize(
@@ -165,3 +168,22 @@ async def test_single_writes_that_cross_on_postgresql_are_tried_again(postgres_u
     assert (found.creator, found.description, found.tags) == ("ada", "d", ("x",))
     for store in stores:
         await store.close()
+
+
+async def test_what_is_written_directly_is_what_sqlalchemy_reads(tmp_path: Path) -> None:
+    """Both ways of speaking to SQLite keep every kind of value alike, so that migrations may go the other way."""
+    path = tmp_path / "x.db"
+    store = await connect(f"sqlite:///{path}")
+    made = await store.create(
+        GenomeLayer(name="a", rslora=True, alpha=0.5, rank=3, tags=("x", "ü"), targets=("q_proj",), sha256="0" * 64)
+    )
+    through = PostgresDatabase(open_engine(parse_url(f"sqlite:///{path}")))
+    async with through.begin(writes=True) as transaction:
+        [row] = await transaction.select(GenomeLayer, Query({"name": "a"}))
+        assert from_row(GenomeLayer, row) == made
+        other = made.model_copy(update={"id": "b", "name": "b", "alpha": None})
+        await transaction.insert(GenomeLayer, to_row(other))
+    await through.close()
+    assert await store.get(GenomeLayer, "b") == other
+    assert await store.list(GenomeLayer, {"alpha": None}) == [other]
+    await store.close()
