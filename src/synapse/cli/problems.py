@@ -67,8 +67,8 @@ def system_problem(error: OSError) -> Problem | None:
             "disk_full", f"there is no room left on the disk{where}", "make room and try again", EXIT_UNAVAILABLE
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        hint = "use another folder, for example with SYNAPSE_HOME, or change who may write there"
-        return Problem("not_writable", f"this may not be written{where} ({error.strerror})", hint, EXIT_UNAVAILABLE)
+        hint = "use another folder, for example with SYNAPSE_HOME, or change who may read and write there"
+        return Problem("not_permitted", f"the system refuses this{where}: {error.strerror}", hint, EXIT_UNAVAILABLE)
     return None
 
 
