@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
@@ -42,12 +41,13 @@ from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
 from synapse.engines.scheduler import Scheduler, Work
 from synapse.engines.sequence import Reason, Sequence
 from synapse.errors import InternalError, InvalidInput, SynapseError, Unavailable
+from synapse.log import Logger
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig
 from synapse.models.gguf_file import ModelFile, open_model_file
 from synapse.models.tokenizer import Tokenizer, load_tokenizer
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 Backend = Literal["reference", "native", "auto"]
 GUESSED_ROWS = 8

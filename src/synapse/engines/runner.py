@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import structlog
-
 from synapse.callosum.publish.publishing import publish
 from synapse.engines.engine import Counters, Engine
 from synapse.engines.events import EngineFailed
 from synapse.engines.request import Event, Finished, Request
 from synapse.errors import InternalError, Overloaded, Unavailable
+from synapse.log import Logger
 
 T = TypeVar("T")
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

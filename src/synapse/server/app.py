@@ -27,6 +27,7 @@ from synapse.server import embeddings, event_routes, health, metrics, openai_rou
 from synapse.server.command_routes import command_routes
 from synapse.server.errors import WrongMethod, error_response, from_validation
 from synapse.server.events import ServerStarted, ServerStopped
+from synapse.server.head import HeadAsGet
 from synapse.server.limits import Slots
 from synapse.server.request_log import RequestLog
 from synapse.server.routing import ServerState
@@ -57,6 +58,7 @@ def create_app(context: Context, *, body_timeout: float = 30.0) -> FastAPI:
     app.include_router(embeddings.router)
     app.include_router(event_routes.router)
     app.include_router(command_routes())
+    app.add_middleware(HeadAsGet)
     app.add_middleware(RequestLog)
     app.exception_handler(SynapseError)(_known_error)
     app.exception_handler(RequestValidationError)(_wrong_body)

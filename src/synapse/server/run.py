@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import json
 import shlex
 import signal
@@ -154,11 +155,23 @@ async def bind(context: Context) -> socket.socket:
         raise Unavailable(f"cannot listen on {where}: {error.strerror}", hint="choose another port or host") from error
 
 
+def _reachable(host: str) -> str:
+    """An address to ask, for one to listen on: `0.0.0.0` and `::` stand for all of this machine's, and are none."""
+    if not ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
+        return host
+    family, elsewhere = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((elsewhere, 9))  # sends nothing: it only asks which of our addresses would be used
+        return str(probe.getsockname()[0])
+    return "::1" if ":" in host else "127.0.0.1"
+
+
 async def greeting(context: Context, listener: socket.socket) -> str:
     """What a person who starts the server wants to know: where it is, who is there, how to ask."""
     served = await list_served(context)
     personas = [each.name for each in served if each.is_persona]
     host, port = listener.getsockname()[:2]
+    host = _reachable(host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = " -H 'Authorization: Bearer KEY'" if await any_key_exists(await context.get(open_store)) else ""
     model = personas[0] if personas else context.settings.default_model

@@ -29,7 +29,6 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import structlog
 from filelock import FileLock
 from numpy.typing import NDArray
 
@@ -38,13 +37,14 @@ from synapse.engines.native.packed.packing import FOUR_BIT, Kind, pack_matrix, p
 from synapse.engines.native.packed.quantising import HINT
 from synapse.errors import Corrupt, Unavailable
 from synapse.kernels.mapped_file import MappedFile
+from synapse.log import Logger
 from synapse.models.errors import ModelFileCorrupt
 from synapse.models.gguf_file import ModelFile
 from synapse.models.transfer import DiskFull, disk_errors, flush, sha256_of
 
 __all__ = ["PackedFileDamaged", "PackedModel", "Quantisation", "open_packed"]
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 MAGIC = b"SYNPACK1"
 VERSION = 2
