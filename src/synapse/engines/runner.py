@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from synapse.callosum.publish.publishing import publish
 from synapse.engines.engine import Counters, Engine
 from synapse.engines.events import EngineFailed
 from synapse.engines.request import Event, Finished, Request
+from synapse.engines.unread import Unread
 from synapse.errors import InternalError, Overloaded, Unavailable
 from synapse.log import Logger
 
@@ -47,7 +49,7 @@ class _Stream:
 
     request: Request
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    unread: Unread = field(default_factory=Unread)
     id: str | None = None
     closed: bool = False
 
@@ -90,6 +92,7 @@ class EngineRunner:
             Overloaded: as many requests as allowed are active already.
             InvalidInput: the request makes no sense (`ContextOverflow`, `BadGrammar`, … ; see `Engine.add`).
             InternalError: the engine failed; only the requests that were active are lost.
+            SlowReader: too much of the answer waits to be read; the engine has given it up.
         """
         if self._active >= self._max_active:
             raise Overloaded(
@@ -105,9 +108,7 @@ class EngineRunner:
             if not self._post(lambda: self._start(stream)):
                 raise _stopped()
             while True:
-                event = await stream.events.get()
-                if isinstance(event, Exception):
-                    raise event
+                event = await stream.unread.get()
                 if isinstance(event, Finished) and event.error is not None:
                     raise event.error
                 yield event
@@ -167,6 +168,12 @@ class EngineRunner:
             self._wake.notify()
             return True
 
+    def _hand_over(self, found: list[tuple[_Stream, Event]]) -> None:
+        """Give each reader its event, in the readers' loop."""
+        for stream, event in found:
+            if not stream.unread.put(event) and not stream.closed:
+                self._post(partial(self._stop, stream))
+
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
@@ -209,12 +216,16 @@ class EngineRunner:
             failure.__cause__ = error
             self._fail_all(failure)
             return
+        # All events of a step cross over together: each crossing wakes a loop, which then wants the interpreter lock.
+        crossing: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Event]]] = {}
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is not None:
-                _deliver(stream, event)
+                crossing.setdefault(stream.loop, []).append((stream, event))
                 if isinstance(event, Finished):
                     del self._streams[event.request_id]
+        for loop, found in crossing.items():
+            _tell(loop, partial(self._hand_over, found))
 
     def _start(self, stream: _Stream) -> None:
         if stream.closed:
@@ -242,7 +253,7 @@ def _stopped() -> Unavailable:
 
 
 def _deliver(stream: _Stream, event: Event | Exception) -> None:
-    _tell(stream.loop, lambda: stream.events.put_nowait(event))
+    _tell(stream.loop, lambda: stream.unread.put(event))
 
 
 def _tell(loop: asyncio.AbstractEventLoop, tell: Callable[[], object]) -> None:

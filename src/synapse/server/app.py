@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
 from fastapi import FastAPI, Request
@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 import synapse
 from synapse.callosum.bus.opening import open_bus, open_observer
+from synapse.callosum.kept import open_kept
 from synapse.callosum.message import Message
 from synapse.callosum.publish.publishing import publish
 from synapse.callosum.publish.recording import recording
@@ -75,9 +76,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     async def deliver(messages: Sequence[Message]) -> None:
         await (await state.context.get(open_bus)).publish_many(messages)
 
-    async with recording(state.context, deliver):
+    async with recording(state.context, deliver), AsyncExitStack() as listening:
         publish("server.started", ServerStarted(version=synapse.__version__, process=process))
         tasks = [asyncio.create_task(work(state)) for work in (load_default_model, observe)]
+        tasks.append(asyncio.create_task(keep(state, listening)))
         try:
             yield
         finally:
@@ -94,6 +96,15 @@ async def observe(state: ServerState) -> None:
         await state.context.get(open_observer)
     except SynapseError as error:
         log.warning("events are not observed", reason=error.message, hint=error.hint)
+
+
+async def keep(state: ServerState, listening: AsyncExitStack) -> None:
+    """Keep what each request reads of the store. Without a log nothing tells of changes, so nothing is kept."""
+    try:
+        kept = await state.context.get(open_kept)
+        listening.callback(await kept.listen(state.context))
+    except SynapseError as error:
+        log.warning("what requests read of the store is not kept", reason=error.message, hint=error.hint)
 
 
 async def load_default_model(state: ServerState) -> None:

@@ -22,6 +22,13 @@ from synapse.errors import Conflict, Forbidden, InvalidInput, Unavailable
 from synapse.server.access import MAKE_A_KEY, is_loopback
 from synapse.server.app import create_app
 from synapse.server.catalogue import list_served
+from synapse.server.connections import (
+    BACKLOG,
+    HEADER_SECONDS,
+    UNREAD_SECONDS,
+    guarded_protocol,
+    most_connections,
+)
 from synapse.server.keys import any_key_exists
 from synapse.server.request_log import configure_logging
 from synapse.store import open_store
@@ -104,15 +111,18 @@ async def _serve(settings: Settings) -> None:
             await serving
 
 
-def make_server(app: FastAPI) -> Server:
-    """A server for an application; `serve(sockets=[…])` runs it."""
+def make_server(
+    app: FastAPI, *, header_seconds: float = HEADER_SECONDS, unread_seconds: float = UNREAD_SECONDS
+) -> Server:
+    """A server for an application; `serve(sockets=[…])` runs it. Its connections are those of `connections`."""
 
     def stopping() -> None:
         app.state.server.stop.set()
 
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=guarded_protocol(most_connections(), header_seconds=header_seconds, unread_seconds=unread_seconds),
+        backlog=BACKLOG,
         ws="none",
         log_config=None,
         access_log=False,
@@ -144,7 +154,7 @@ async def bind(context: Context) -> socket.socket:
             hint=f"{MAKE_A_KEY}; or stay on 127.0.0.1",
         )
     try:
-        return socket.create_server(address[:2], family=family, backlog=128)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         where = f"{host}:{port}"
         if error.errno == errno.EADDRINUSE:
