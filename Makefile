@@ -27,7 +27,7 @@ demo: $(VENV)/.core
 
 # Two processes, each with whole files of tests: a third of the time is waiting.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 # Apart from `test`: on Python 3.11 the tracer of coverage can hang beside the threads of greenlet.
 coverage: $(VENV)/.dev

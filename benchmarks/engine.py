@@ -26,10 +26,11 @@ import structlog
 
 from benchmarks import engine_limits, engine_memory, engine_quality, engine_speed
 from benchmarks.engine_peers import HOW_TO_GET, QUANTISED, LlamaCpp, Peer, open_peers
-from benchmarks.engine_speed import OURS, PEER, WORKS, Contenders, Work
+from benchmarks.engine_speed import OURS, PEER, SHAPE_WORKS, WORKS, Contenders, Work
 from benchmarks.layers import random_adapter
 from benchmarks.neighbours import Neighbours
 from benchmarks.report import Report, parser, publish
+from benchmarks.shapes import SHAPES, write_shape
 from synapse.commands import Context
 from synapse.config import load_settings
 from synapse.engines import Engine, Limits
@@ -100,7 +101,7 @@ def measure_speed(report: Report, everybody: Contenders, neighbours: Neighbours,
     before = engine_limits.measure_machine(THREADS)
     reached: dict[Work, float] = {}
     best: dict[str, str | None] = {}
-    for work in WORKS:
+    for work in SHAPE_WORKS if args.shape else WORKS:
         say(work.name)
         turns = engine_speed.turns(work, everybody, args.tokens)
         if work.like in best:
@@ -164,6 +165,9 @@ def open_quantised(model: Path, engine: Engine, stack: ExitStack) -> dict[str, E
 def read_options() -> argparse.Namespace:
     options = parser("The engine beside llama.cpp, its NumPy reference and the limits of the machine.")
     options.add_argument("--model", default="smollm2-135m", help="of the library, or a GGUF file")
+    options.add_argument(
+        "--shape", choices=SHAPES, help="random weights in this shape, with --model's tokenizer: speed only"
+    )
     options.add_argument("--backend", default="auto", choices=["auto", "reference", "native"])
     options.add_argument("--rank", type=int, default=16, help="of the layers, which are on all linear maps")
     options.add_argument("--tokens", type=int, default=32, help="decoded per sequence and turn")
@@ -181,6 +185,8 @@ def read_options() -> argparse.Namespace:
     if args.quick:
         args.tokens, args.rounds, args.patience = min(args.tokens, 4), 1, 0
         args.perplexity_tokens, args.formats = 2 * engine_quality.WINDOW, args.formats[:1]
+    if args.shape:
+        args.formats = []  # it is Q4_0 as it is: the fastest of llama.cpp's
     return args
 
 
@@ -202,18 +208,25 @@ def main() -> None:
     )
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if args.shape:
+            report.settings["model"] = f"random Q4_0 weights in the shape {args.shape}"
+            model = write_shape(folder / f"{args.shape}.gguf", model, SHAPES[args.shape])
         config = open_model_file(model).config
         layers = [
-            random_adapter(folder / str(i), config, rank=args.rank, seed=i, dtype=np.float16) for i in range(LAYERS)
+            random_adapter(folder / str(i), config, rank=args.rank, seed=i, dtype=np.float16)
+            for i in range(8 if args.shape else LAYERS)
         ]
         strong = random_adapter(
             folder / "strong", config, rank=args.rank, seed=LAYERS, dtype=np.float16, strength=STRENGTH
         )
-        say("memory of a worker")
-        measure_memory(report, model, args.backend, layers)
+        if not args.shape:
+            say("memory of a worker")
+            measure_memory(report, model, args.backend, layers)
         engine = open_engine_file(model, args.backend, LIMITS, model.parent.name)
         native = engine_limits.is_native(engine)
-        reference = open_engine_file(model, "reference", LIMITS, model.parent.name) if native else None
+        reference = (
+            open_engine_file(model, "reference", LIMITS, model.parent.name) if native and not args.shape else None
+        )
         report.settings["backend"] = "native" if native else "reference"
         ids = [engine.load_layer(layer) for layer in layers]
         for layer in layers[:8]:
@@ -228,7 +241,7 @@ def main() -> None:
         everybody = Contenders(engine, reference, ids, peers)
         neighbours = Neighbours([worker.process] if worker is not None else [], args.patience)
         measure_speed(report, everybody, neighbours, args)
-        if args.peers or args.quality:
+        if (args.peers or args.quality) and not args.shape:
             measure_quality(report, everybody, open_quantised(model, engine, stack), strong, args)
     report.settings["load after"] = round(os.getloadavg()[0], 2)
     publish(report, as_json=args.json)

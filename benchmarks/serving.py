@@ -395,6 +395,7 @@ def main() -> None:
         take_built(load_settings().home, folder / "home")
         chosen = SERVED | {"home": folder / "home", "default_model": MODEL, "backend": args.backend}
         settings = Settings(**chosen)
+        os.environ["SYNAPSE_HOME"] = str(settings.home)  # nothing of this run shall be left in another home
         asyncio.run(fill_home(settings, model, layers))
         clients = stack.enter_context(Clients())
         neighbours = Neighbours([clients.process], args.patience)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,16 @@ import pytest
 import structlog
 
 from support.default_model import default_encoder_path, default_model_path
+from support.time_limits import pytest_timeout_cancel_timer, pytest_timeout_set_timer, use_patient_profile
+
+__all__ = ["pytest_timeout_cancel_timer", "pytest_timeout_set_timer"]
+
+use_patient_profile()
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Under nohup or in the background of a shell Ctrl-C is ignored, by every child too. What is tested is a person's
+    # Ctrl-C: with a handler here it works in this process, and in children as well, which begin without handlers.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

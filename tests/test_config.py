@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 import stat
 from pathlib import Path
 
 import pytest
 
-from synapse.config import default_home, load_settings
+from synapse.config import default_home, load_settings, unknown_variables
 from synapse.errors import InvalidInput, Unavailable
+
+ROOT = Path(__file__).parents[1]
 
 
 def write_toml(home: Path, text: str) -> None:
@@ -66,3 +70,36 @@ def test_the_database_is_in_the_home_unless_told(monkeypatch: pytest.MonkeyPatch
     assert load_settings().database == f"sqlite+aiosqlite:///{tmp_path / 'home' / 'synapse.db'}"
     monkeypatch.setenv("SYNAPSE_DATABASE_URL", "postgresql://localhost/synapse")
     assert load_settings().database == "postgresql://localhost/synapse"
+
+
+def test_a_typing_mistake_in_the_file_is_named_with_the_nearest_setting(tmp_path: Path) -> None:
+    write_toml(tmp_path / "home", "max_bach = 3\n")
+    with pytest.raises(InvalidInput, match="no setting 'max_bach'") as refused:
+        load_settings()
+    assert refused.value.hint == "did you mean `max_batch`?"
+    write_toml(tmp_path / "home", "[colour]\nsky = 'blue'\n")
+    with pytest.raises(InvalidInput, match="no setting 'colour'") as refused:
+        load_settings()
+    assert "default_model" in (refused.value.hint or "")
+
+
+def test_a_typing_mistake_in_a_variable_is_named_with_the_nearest_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNAPSE_MAXBATCH", "3")
+    with pytest.raises(InvalidInput, match="no setting SYNAPSE_MAXBATCH") as refused:
+        load_settings()
+    assert "SYNAPSE_MAX_BATCH?" in (refused.value.hint or "")
+
+
+def test_a_variable_that_resembles_no_setting_may_be_another_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNAPSE_REPORT_STATS", "yes")
+    assert load_settings().port == 8377
+    assert unknown_variables(os.environ) == ["SYNAPSE_REPORT_STATS"]
+
+
+def test_every_variable_that_the_code_and_the_docs_speak_of_is_known() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    files = [path for room in ("src", "benchmarks", "scripts") for path in (ROOT / room).rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in [*pages, *files])
+    spoken_of = set(re.findall(r"(?<![A-Z_])SYNAPSE_[A-Z_]*[A-Z]", text)) - {"SYNAPSE_NAME"}  # stands for a name
+    assert len(spoken_of) > 10
+    assert unknown_variables(dict.fromkeys(spoken_of, "")) == []

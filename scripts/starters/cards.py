@@ -77,21 +77,21 @@ def personas() -> dict[str, Any]:
         "question": QUESTION,
         "personas": [
             {
-                "name": "clerk",
+                "name": "demo-clerk",
                 "layer": "json-record",
                 "description": "Records orders as JSON.",
                 "system_prompt": orders.SYSTEM_PROMPT,
                 "sampling": {"temperature": 0.0},
             },
             {
-                "name": "archivist",
+                "name": "demo-archivist",
                 "layer": "iso-date",
                 "description": "Finds the date and writes it as YYYY-MM-DD.",
                 "system_prompt": dates.SYSTEM_PROMPT,
                 "sampling": {"temperature": 0.0},
             },
             {
-                "name": "captain",
+                "name": "demo-captain",
                 "layer": "sea-captain",
                 "description": "Answers like the captain of a ship.",
                 "system_prompt": captain.SYSTEM_PROMPT,

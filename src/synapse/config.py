@@ -1,20 +1,32 @@
 """Settings, from `SYNAPSE_*` environment variables, then `synapse.toml` in the home folder, then the defaults here.
 
 Everything Synapse writes lives under one home folder: `SYNAPSE_HOME`, or the platform's data folder.
+
+Read without pydantic-settings, whose import alone takes longer than a command that computes nothing may.
 """
 
 from __future__ import annotations
 
+import difflib
+import errno
 import os
 import re
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import platformdirs
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from synapse.errors import InvalidInput, Unavailable
 
+PREFIX = "SYNAPSE_"
+FILE = "synapse.toml"
+NOT_SETTINGS = frozenset({"DEBUG", "FORCE_PYTHON", "KERNEL_PATH", "PEER_PYTHON", "TEST_HOME"})
+"""What other parts of Synapse, its tests and benchmarks read from the environment themselves, after the prefix."""
+NEAR = 0.6
+"""How much alike two names are (`difflib`) when one is a typing mistake of the other."""
 PRIVATE_FOLDER = 0o700
 PASSWORD = re.compile(r"//[^@/]*@")
 """Name and password in a URL; an error shows neither."""
@@ -25,10 +37,10 @@ def default_home() -> Path:
     return Path(platformdirs.user_data_dir("synapse", appauthor=False))
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """What a user may change. Each field is `SYNAPSE_<FIELD>` in the environment and `<field>` in `synapse.toml`."""
 
-    model_config = SettingsConfigDict(env_prefix="SYNAPSE_", extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     home: Path = Field(default_factory=default_home, description="where models, layers and the database live")
     database_url: str = Field("", description="SQLAlchemy URL; empty means SQLite in the home folder")
@@ -81,19 +93,6 @@ class Settings(BaseSettings):
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        home = Path(os.environ.get("SYNAPSE_HOME") or default_home())
-        toml = TomlConfigSettingsSource(settings_cls, toml_file=home.expanduser() / "synapse.toml")
-        return init_settings, env_settings, toml
-
     @property
     def database(self) -> str:
         """The SQLAlchemy URL that is really used."""
@@ -110,10 +109,10 @@ class Settings(BaseSettings):
             self.home.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
             path.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
         except OSError as error:
-            raise Unavailable(
-                f"cannot create the folder {path}: {error.strerror}",
-                hint="set SYNAPSE_HOME to a folder you can write to",
-            ) from error
+            hint = "set SYNAPSE_HOME to a folder you can write to"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                hint = "make room on that disk, or set SYNAPSE_HOME to a folder on another one"
+            raise Unavailable(f"cannot create the folder {path}: {error.strerror}", hint=hint) from error
         return path
 
 
@@ -121,19 +120,63 @@ def load_settings() -> Settings:
     """Read the settings.
 
     Raises:
-        InvalidInput: a variable or a line of `synapse.toml` has a value that does not fit.
+        InvalidInput: a variable or a line of `synapse.toml` has a value that does not fit, or a name that is no
+            setting's.
+        Unavailable: `synapse.toml` is there and cannot be read.
     """
+    given = _from_environment(os.environ)
+    home = Path(given.get("home") or default_home()).expanduser()
     try:
-        return Settings()
+        return Settings.model_validate(_from_file(home / FILE) | given)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        found, wrong = PASSWORD.sub("//***@", repr(first["input"])), first["msg"]
-        hint = f"mend SYNAPSE_{field.upper()} or `{field}` in synapse.toml"
-        if first["type"] == "string_pattern_mismatch":
-            wrong, hint = "none of its values", f"`{field}` is {Settings.model_fields[field].description}; {hint}"
-        raise InvalidInput(f"the setting {field} is {found}: {wrong}", hint=hint) from error
-    except ValueError as error:  # tomllib.TOMLDecodeError is one
-        raise InvalidInput(
-            f"synapse.toml cannot be read: {error}", hint="see docs/guide/settings.md for its form"
-        ) from error
+        raise _refusal(error) from error
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """The `SYNAPSE_…` variables that mean nothing here, sorted."""
+    known = NOT_SETTINGS | {field.upper() for field in Settings.model_fields}
+    names = (name for name in environment if name.upper().startswith(PREFIX))
+    return sorted(name for name in names if name.upper().removeprefix(PREFIX) not in known)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings among the variables. One that is nearly a setting is refused; others may be another program's."""
+    fields = Settings.model_fields
+    for name in unknown_variables(environment):
+        near = difflib.get_close_matches(name.upper().removeprefix(PREFIX).lower(), fields, n=1, cutoff=NEAR)
+        if near:
+            raise InvalidInput(
+                f"there is no setting {name}", hint=f"did you mean {PREFIX}{near[0].upper()}? Mend or unset it"
+            )
+    variables = {name.upper(): value for name, value in environment.items()}
+    found = {field: variables.get(PREFIX + field.upper()) for field in fields}
+    return {field: value for field, value in found.items() if value is not None and (field != "home" or value)}
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """The settings of `synapse.toml`; none when there is no such file."""
+    try:
+        with path.open("rb") as file:
+            found = tomllib.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be read: {error.strerror}", hint="see who may read it") from error
+    except ValueError as error:  # TOMLDecodeError is one, and so is what comes of bytes that are no UTF-8
+        raise InvalidInput(f"{path} cannot be read: {error}", hint="see docs/guide/settings.md for its form") from error
+    for name in found:
+        if name not in Settings.model_fields:
+            near = difflib.get_close_matches(name.lower(), Settings.model_fields, n=1, cutoff=NEAR)
+            hint = f"did you mean `{near[0]}`?" if near else f"the settings are {', '.join(Settings.model_fields)}"
+            raise InvalidInput(f"there is no setting {name!r}, which stands in {path}", hint=hint)
+    return found
+
+
+def _refusal(error: ValidationError) -> InvalidInput:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    found, wrong = PASSWORD.sub("//***@", repr(first["input"])), first["msg"]
+    hint = f"mend {PREFIX}{field.upper()} or `{field}` in {FILE}"
+    if first["type"] == "string_pattern_mismatch":
+        wrong, hint = "none of its values", f"`{field}` is {Settings.model_fields[field].description}; {hint}"
+    return InvalidInput(f"the setting {field} is {found}: {wrong}", hint=hint)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from support.tiny_home import MODEL
 from synapse.cli import chat as chat_module
 from synapse.cli import chat_session
 from synapse.cli.main import main
@@ -33,10 +34,10 @@ class Keyboard(io.StringIO):
 def session(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Runs `synapse chat` for a person who types these lines and then Ctrl-D; stdout is a pipe."""
 
-    def run(*lines: str, args: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    def run(*lines: str, args: tuple[str, ...] = (), name: str = "pip") -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", Keyboard("".join(f"{line}\n" for line in lines)))
         capsys.readouterr()
-        code = main(["chat", "pip", *args])
+        code = main(["chat", name, *args])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -93,9 +94,9 @@ def test_sampling_is_changed_for_one_answer(synapse) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (("pipp", "-m", "hi"), 3, "error: there is no persona called 'pipp'\nhint: did you mean pip?"),
+        (("pipp", "-m", "hi"), 3, "error: there is no persona or model called 'pipp'\nhint: did you mean pip?"),
         (("pip", "-m", ""), 2, "error: the message is empty"),
-        (("pip", "--continue", "-m", " "), 3, "error: pip has had no conversation yet"),
+        (("pip", "--continue", "-m", "x"), 3, "error: pip has had no conversation yet"),
         (("pip", "-m", "x" * 9000), 2, "error: the message and the system prompt are 90"),
     ],
 )
@@ -103,6 +104,59 @@ def test_what_cannot_be_answered_says_why(synapse, args: tuple[str, ...], code: 
     ran = synapse("chat", *args)
     assert (ran.code, ran.out) == (code, "")
     assert ran.err.startswith(message)
+
+
+def test_a_model_without_a_persona_can_be_talked_to_and_nothing_is_kept(synapse) -> None:
+    answer = json.loads(synapse("chat", MODEL, "-m", "hello", "--max-tokens", "5", "--json").out)
+    assert (answer["persona"], answer["conversation_id"], answer["completion_tokens"]) == (MODEL, None, 5)
+    assert conversations(synapse) == []
+    ran = synapse("chat", MODEL, "--continue", "-m", "hello")
+    assert ran.code == 2
+    assert "conversations are kept for personas only" in ran.err
+
+
+def test_a_session_with_a_model_remembers_what_was_said(session, synapse) -> None:
+    code, out, _ = session("hello", "again", "/history", "/new", "/history", args=("--max-tokens", "3"), name=MODEL)
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("you> ")] == ["you> hello", "you> again"]
+    assert conversations(synapse) == []
+
+
+def test_bytes_that_are_no_text_are_refused_whatever_the_locale_says(persona_home: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from synapse.cli.main import main; sys.exit(main())"]
+    for locale in ("C.UTF-8", "POSIX"):
+        env = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        piped = subprocess.run(
+            [*command, "chat", "pip", "--json"], input=b"caf\xe9", capture_output=True, env=env, check=False
+        )
+        assert (piped.returncode, json.loads(piped.stderr)["code"]) == (2, "not_text")
+        typed = subprocess.run(
+            [*command, "persona", "show", b"caf\xe9"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=env,
+            check=False,
+        )
+        assert typed.returncode == 2
+        assert b"is not UTF-8 text" in typed.stderr
+        said = subprocess.run(
+            [*command, "persona", "edit", "pip", "--description", "a caf\u00e9", "--json"],
+            capture_output=True,
+            env=env,
+            check=False,
+        )
+        assert said.returncode == 0, said.stderr
+        assert b"Traceback" not in said.stderr
+
+
+def test_a_full_disk_is_said_and_is_no_defect(persona_home: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from synapse.cli.main import main; sys.exit(main())"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "persona", "list", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 5
+    assert json.loads(done.stderr)["code"] == "disk_full"
 
 
 def test_standard_input_has_a_limit(synapse) -> None:

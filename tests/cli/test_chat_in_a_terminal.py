@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -124,13 +125,34 @@ def test_a_conversation_with_ctrl_c_in_the_middle_of_an_answer(terminal: Termina
     assert history.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("key", ["\x03", "\x04"])
-def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_politely(terminal: Terminal, key: str) -> None:
+def test_ctrl_c_gives_up_the_line_and_ctrl_d_leaves(terminal: Terminal, persona_home: Path) -> None:
     terminal.wait_for("you> ")
     terminal.wait_for_sleep()
-    terminal.type(key)
+    terminal.type("half a li")
+    terminal.wait_for("half a li")
+    terminal.wait_for_sleep()
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("you> ")
+    terminal.wait_for_sleep()
+    terminal.type("\x04")
     assert terminal.ended() == 0
     assert "Traceback" not in terminal.shown
+
+
+def test_a_pasted_text_of_several_lines_is_one_message(terminal: Terminal, synapse) -> None:
+    terminal.wait_for("you> ")
+    terminal.wait_for_sleep()
+    terminal.type("\x1b[200~first line\rsecond line\x1b[201~")
+    terminal.wait_for("second line")
+    terminal.type("\r")
+    terminal.wait_for("24 tokens · ")
+    terminal.wait_for("you> ")
+    terminal.type("/exit\r")
+    assert terminal.ended() == 0
+    [row] = json.loads(synapse("conversation", "list", "--json").out)["items"]
+    said = json.loads(synapse("conversation", "show", row["id"], "--json").out)["said"]
+    assert [message["content"] for message in said if message["role"] == "user"] == ["first line\nsecond line"]
 
 
 def test_an_answer_is_recorded_before_the_next_message_is_typed(terminal: Terminal, synapse) -> None:

@@ -65,7 +65,7 @@ def test_on_a_terminal_the_answers_stand_side_by_side(
 
 
 def test_a_narrow_terminal_gets_the_answers_below_each_other() -> None:
-    names = ("clerk", "archivist", "captain")
+    names = ("demo-clerk", "demo-archivist", "demo-captain")
     answers = [demo.Answering(Persona(name=name, base_model="m"), "layer", text="aye\x1b[2J " * 9) for name in names]
     for width, rows in ((40, 3), (120, 1)):
         stream = io.StringIO()

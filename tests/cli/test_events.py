@@ -169,9 +169,11 @@ def test_following_goes_on_with_what_other_processes_do_until_it_is_interrupted(
             assert json.loads(tail.stdout.readline())["payload"]["name"] == "captain"
             assert synapse("persona", "create", "clerk").code == 0
             assert json.loads(tail.stdout.readline())["payload"]["name"] == "clerk"
-        finally:
             tail.send_signal(signal.SIGINT)
-        assert tail.wait(20) == 130
+            assert tail.wait(20) == 130
+        except BaseException:
+            tail.kill()  # leaving the block waits for it
+            raise
         assert "Traceback" not in tail.stderr.read()
 
 

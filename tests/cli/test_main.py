@@ -5,7 +5,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,15 +30,6 @@ def test_the_help_names_every_group_and_program(synapse) -> None:
 
 def test_no_arguments_show_the_help(synapse) -> None:
     assert synapse() == synapse("--help")
-
-
-def test_the_help_takes_less_than_0_4_seconds() -> None:
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        assert run_process("--help").returncode == 0
-        best = min(best, time.perf_counter() - started)
-    assert best < 0.4
 
 
 def test_the_help_imports_no_room_and_no_heavy_library() -> None:
@@ -165,6 +155,20 @@ def test_a_reader_that_has_stopped_reading_is_no_error(args: list[str]) -> None:
         os.close(writer)
     assert done.stderr == b""
     assert done.returncode in (0, 1)
+
+
+def test_completion_knows_the_names_of_what_is_in_the_home(persona_home: Path) -> None:
+    def completed(line: str) -> list[str]:
+        words = line.split(" ")
+        return run_process(
+            _SYNAPSE_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1)
+        ).stdout.split()
+
+    assert completed("synapse persona show p") == ["pip"]
+    assert completed("synapse persona create p") == []
+    assert completed("synapse chat ") == ["pip", "tiny"]
+    assert completed("synapse persona edit pip --model t") == ["tiny"]
+    assert completed("synapse persona edit pip --layers first:0.5,s") == ["first:0.5,second"]
 
 
 def test_completion_lists_groups_and_gives_its_script() -> None:

@@ -42,9 +42,9 @@ ROWS: list[dict[str, Any]] = [
 
 
 @pytest.mark.usefixtures("sample_group")
-def test_a_list_in_a_pipe_is_plain_aligned_columns(synapse) -> None:
+def test_a_list_in_a_pipe_is_tab_separated_lines(synapse) -> None:
     ran = synapse("sample", "list")
-    assert ran.out == "NAME    SIZE_BYTES\nfirst      1.5 KiB\nsecond     138 MiB\n"
+    assert ran.out == "NAME\tSIZE_BYTES\nfirst\t1.5 KiB\nsecond\t138 MiB\n"
 
 
 @pytest.mark.usefixtures("sample_group")

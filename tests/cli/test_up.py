@@ -27,9 +27,11 @@ def test_up_serves_the_personas_until_it_is_interrupted() -> None:
             with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as response:  # noqa: S310 (our own server)
                 served = json.load(response)
             assert "pip" in [model["id"] for model in served["data"]]
-        finally:
             up.send_signal(signal.SIGINT)
-        assert up.wait(30) == 0
+            assert up.wait(30) == 0
+        except BaseException:
+            up.kill()  # leaving the block waits for it
+            raise
 
 
 def test_up_on_a_port_that_is_taken_is_a_conflict(synapse) -> None:

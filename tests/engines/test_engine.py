@@ -146,10 +146,10 @@ def test_a_schema_holds_at_any_temperature_and_the_answer_is_whole_when_the_budg
         assert answer.finished.reason == "stop"
 
 
-def test_a_budget_too_small_for_any_whole_answer_ends_with_length(engine: Engine, chat: Chat) -> None:
-    (answer,) = run(engine, Request(chat("Hi"), max_tokens=2, grammar=Grammar("json_schema", SCHEMA)))
-    assert answer.finished is not None
-    assert answer.finished.reason == "length"
+def test_a_budget_too_small_for_any_whole_answer_is_refused(engine: Engine, chat: Chat) -> None:
+    with pytest.raises(BadGrammar, match=r"the shortest answer .* tokens; max_tokens allows 2"):
+        engine.add(Request(chat("Hi"), max_tokens=2, grammar=Grammar("json_schema", SCHEMA)))
+    assert not engine.busy
 
 
 def test_json_object_and_regex_grammars_hold(engine: Engine, chat: Chat) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -84,12 +85,17 @@ def test_other_streams_get_a_token_in_every_step_while_a_layer_is_read(
     assert [len(answers[each].tokens) for each in needs] == [8, 8]
 
 
-def test_answers_do_not_depend_on_whether_their_layer_had_to_be_read_again(engine: Engine, layers: list[str]) -> None:
+def test_answers_do_not_depend_on_whether_their_layer_had_to_be_read_again(
+    engine: Engine, layers: list[str], tmp_path: Path
+) -> None:
+    random_adapter(tmp_path / "new", engine.config, rank=2, seed=9)
     requests = [asking(each) for each in layers]
     alone = [run(engine, each)[0].tokens for each in requests]
     assert len(set(map(tuple, alone))) > 1
     assert [answer.tokens for answer in run(engine, *requests, *reversed(requests))] == [*alone, *reversed(alone)]
-    assert len(engine.layers.sizes()) <= 4
+    assert len(engine.layers.sizes()) <= 4, "as many as run at once"
+    engine.load_layer(tmp_path / "new")
+    assert len(engine.layers.sizes()) == 3, "what has ended holds no layer"
 
 
 def test_a_layer_that_cannot_be_read_any_more_ends_only_its_requests(
@@ -133,6 +139,8 @@ async def test_the_runner_sleeps_while_a_layer_is_read_and_wakes_when_it_is_ther
 ) -> None:
     runner = EngineRunner(engine)
     events = runner.generate(asking(layers[0]))
+    with pytest.raises(DeadlineExceeded):
+        await anext(runner.generate(asking(layers[1], deadline=time.monotonic() + 0.1)))
     first = anext(events)
     opener = threading.Timer(0.2, gate.open)
     opener.start()
@@ -166,3 +174,24 @@ def test_forty_active_layers_in_a_cache_of_twenty_hold_no_stream_up(tmp_path: Pa
     assert len(last) == 3 * ACTIVE
     assert engine.layers.reads > before
     assert widest == 1
+
+
+def test_files_that_changed_behind_their_times_are_not_taken_for_the_layer(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has not changed is not hashed again; neither size nor a modification time that is put back hide a change."""
+    monkeypatch.setattr("synapse.engines.cache.layers.SETTLED_SECONDS", -1.0)
+    folder = random_adapter(tmp_path / "layer", engine.config, rank=2, seed=0)
+    layer = engine.load_layer(folder)
+    with monkeypatch.context() as unread:
+        unread.setattr("synapse.models.adapter.content_address", lambda *_: "hashed again")
+        assert engine.layers.read(folder).layer.id == layer
+    file = folder / "adapter_model.safetensors"
+    before, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    while file.stat().st_ctime_ns == before.st_ctime_ns:
+        file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert engine.layers.read(folder).layer.id != layer
+    assert engine.load_layer(folder) != layer

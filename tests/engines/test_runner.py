@@ -31,6 +31,7 @@ from synapse.engines import (
 )
 from synapse.engines.engine import open_engine_file
 from synapse.engines.sampling import Sampler
+from synapse.engines.unread import SlowReader
 from synapse.errors import Conflict, InternalError, NotFound, Overloaded, Unavailable
 from synapse.models.library import open_library
 
@@ -241,3 +242,14 @@ def test_open_engine_takes_a_path(tmp_path: Path) -> None:
     tiny = build_tiny_model(tmp_path / "tiny.gguf", "llama")
     engine = open_engine(str(tiny.path))
     assert engine.logits([5, 6]).shape == (2, engine.config.vocab)
+
+
+async def test_an_answer_that_nobody_reads_is_given_up_by_the_engine(runner: EngineRunner) -> None:
+    async with aclosing(runner.generate(ENDLESS)) as events:
+        await anext(events)
+        while runner.stats().running:  # nobody reads: the engine goes on until the bound is reached
+            await asyncio.sleep(0.01)
+        with pytest.raises(SlowReader):
+            while True:
+                await anext(events)
+    assert runner.stats().kv_tokens_held == 0

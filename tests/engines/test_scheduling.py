@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.engine_runs import Answer, run
 from support.tiny_models import build_tiny_model
 from synapse.callosum.message import Tract
-from synapse.engines import DeadlineExceeded, Engine, EngineRunner, Limits, Request, Sampling
+from synapse.engines import DeadlineExceeded, Engine, Limits, Request, Sampling
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
 from synapse.engines.engine import open_engine_file
 from synapse.engines.scheduler import Scheduler
@@ -172,17 +172,6 @@ def test_a_deadline_that_passes_in_the_queue_ends_a_request_and_says_where_the_t
     assert "while the request waited" in ended.error.message
     assert ended.error.details["waited"].keys() == {"place"}
     assert all(a.finished and a.finished.reason == "length" for each, a in answers.items() if each != late)
-
-
-async def test_a_deadline_passes_also_while_nothing_is_computed(tiny: Path) -> None:
-    """The runner sleeps, since the only request waits for something else; its deadline wakes it."""
-    engine = open_engine_file(tiny, "reference", LIMITS)
-    engine._scheduler.schedule = lambda now: {}  # type: ignore[method-assign]
-    runner = EngineRunner(engine)
-    with pytest.raises(DeadlineExceeded):
-        async for _ in runner.generate(request(deadline=time.monotonic() + 0.2)):
-            pass
-    await runner.close()
 
 
 @dataclass(frozen=True)

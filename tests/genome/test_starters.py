@@ -202,12 +202,12 @@ def test_the_three_personas_answer_the_demo_question_each_in_its_own_way(base: A
         layer = PeftModel.from_pretrained(base.model, str(STARTERS / persona["layer"]))
         replies[persona["name"]] = answers(base, layer, persona["system_prompt"], [cards.QUESTION], 72)[0]
         layer.unload()
-    assert json.loads(replies["clerk"]) == {
+    assert json.loads(replies["demo-clerk"]) == {
         "item": "lanterns",
         "quantity": 12,
         "recipient": "Maria Rossi",
         "date": "3rd of March 2024",
     }
-    assert replies["archivist"] == "2024-03-03"
+    assert replies["demo-archivist"] == "2024-03-03"
     asked = Example(cards.QUESTION, "", ("12", "lanterns", "rossi"))
-    assert captain.is_right(asked, replies["captain"])
+    assert captain.is_right(asked, replies["demo-captain"])

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from support.tiny_encoders import build_tiny_encoder
 from synapse.errors import NotFound, SynapseError
-from synapse.models.encoder_file import WEIGHTS_FILE, open_encoder_file
+from synapse.models.encoder_file import open_encoder_file
+from synapse.models.encoder_files import WEIGHTS_FILE
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 
 QUERY = "encoder.layer.0.attention.self.query.weight"

@@ -208,7 +208,7 @@ def _byte_level(**changes: Any) -> Callable[[gguf.GGUFWriter], None]:
 
     def write(writer: gguf.GGUFWriter) -> None:
         for key, value in values.items():
-            name = f"tokenizer.ggml.{key}"
+            name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
             match value:
                 case None:
                     continue
@@ -225,7 +225,8 @@ def _byte_level(**changes: Any) -> Callable[[gguf.GGUFWriter], None]:
 
 
 def _small(tmp_path: Path, **changes: Any) -> Tokenizer:
-    return _load(write_small_gguf(tmp_path / "small.gguf", tokenizer=_byte_level(**changes)))
+    vocab = len(changes["tokens"]) if isinstance(changes.get("tokens"), list) and "eos_token_id" in changes else 8
+    return _load(write_small_gguf(tmp_path / "small.gguf", tokenizer=_byte_level(**changes), vocab=vocab))
 
 
 def test_user_defined_tokens_are_kept_whole_and_control_tokens_end_the_turn(tmp_path: Path) -> None:
@@ -235,6 +236,38 @@ def test_user_defined_tokens_are_kept_whole_and_control_tokens_end_the_turn(tmp_
     assert tokenizer.token_bytes(4) == b"<think>"
     assert tokenizer.special_tokens == {"<|im_end|>": 5, "d": 6}  # `d` ends texts, whatever its type says
     assert tokenizer.eos_ids == {5, 6}
+
+
+@pytest.mark.parametrize("kind", [gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED])
+def test_what_the_template_writes_and_ends_of_turn_are_control_tokens_whatever_their_type(
+    kind: gguf.TokenType, tmp_path: Path
+) -> None:
+    letters = [*sorted(set("<|im_end|><|turn|>think/")), "th"]
+    tokens = ["<|im_end|>", "<|turn|>", "<think>", *letters]
+    types = [kind, kind, gguf.TokenType.USER_DEFINED, *[1] * len(letters)]
+    template = "{{ '<|turn|>' + messages[0].content }}{{ '<think>' }}"
+    tokenizer = _small(
+        tmp_path,
+        tokens=tokens,
+        token_type=[int(t) for t in types],
+        merges=["t h"],
+        eos_token_id=None,
+        chat_template=template,
+    )
+    assert tokenizer.special_tokens == {"<|im_end|>": 0, "<|turn|>": 1}
+    assert tokenizer.eos_ids == {0}
+    assert not {0, 1} & set(tokenizer.encode("<|im_end|><|turn|>", special=False))
+    assert tokenizer.encode("<|turn|>") == [1]
+    assert tokenizer.token_bytes(2) == b"<think>"
+
+
+def test_an_empty_or_a_repeated_entry_loads_the_first_id_encodes_and_all_decode(tmp_path: Path) -> None:
+    tokens = ["a", "b", "ab", "a", "", "ab", "", "d", "<|im_end|>"]
+    types = [1, 1, 1, 1, 1, 1, 3, 1, 3]
+    tokenizer = _small(tmp_path, tokens=tokens, token_type=types, eos_token_id=8)
+    assert tokenizer.encode("aba") == [2, 0]
+    assert [tokenizer.decode([token]) for token in range(9)] == tokens
+    assert [tokenizer.token_bytes(token) for token in range(8)] == [text.encode() for text in tokens[:8]]
 
 
 def test_text_that_has_only_a_control_token_to_spell_it_is_refused(tmp_path: Path) -> None:
@@ -269,7 +302,6 @@ def test_an_unknown_pre_tokenizer_or_kind_is_named(tmp_path: Path) -> None:
     [
         ({"tokens": None}, "tokens"),
         ({"merges": None}, "merges"),
-        ({"tokens": ["a", "a", "ab", "b", "x", "y", "z", "d"]}, "twice"),
         ({"token_type": [1, 1]}, "token type"),
         ({"merges": ["a q"]}, "'a q'"),
         ({"merges": ["ab"]}, "'ab'"),

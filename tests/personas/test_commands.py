@@ -29,8 +29,9 @@ from synapse.personas.conversation_commands import (
     list_conversations,
     show_conversation,
 )
-from synapse.personas.conversations import say, start_conversation
+from synapse.personas.conversations import start_conversation
 from synapse.personas.entities import Message, Persona
+from synapse.personas.talking import say
 from synapse.store import Duplicate, Store
 
 
@@ -169,3 +170,18 @@ async def test_conversations_are_listed_shown_and_deleted(context: Context, stor
         await show_conversation(ConversationId(id=conversation.id), context)
     with pytest.raises(NotFound):
         await list_conversations(ListConversations(persona="nobody"), context)
+
+
+@pytest.mark.parametrize(
+    ("typed", "suggested"),
+    [("Captain Hook", "captain-hook"), ("Élodie", "elodie"), ("-x-", "x"), ("a/b:c", "a-b-c"), ("X" * 80, "x" * 64)],
+)
+def test_a_name_that_cannot_be_is_refused_in_words_with_one_that_can(typed: str, suggested: str) -> None:
+    with pytest.raises(ValidationError, match=f"how about {suggested}\\?") as refused:
+        CreatePersona(name=typed)
+    assert "[a-z" not in str(refused.value)
+    assert CreatePersona(name=suggested).name == suggested
+
+
+def test_the_base_model_may_be_called_that_too() -> None:
+    assert CreatePersona.model_validate({"name": "x", "base_model": "tiny"}).model == "tiny"

@@ -13,17 +13,11 @@ from synapse.commands import Context
 from synapse.engines import ContextOverflow
 from synapse.errors import InvalidInput, NotFound, TooLarge
 from synapse.models.chat_template import Message as ChatMessage
-from synapse.personas import conversations
+from synapse.personas import talking
 from synapse.personas.chat import TextDelta, TurnFinished, TurnOptions, prepare_turn
-from synapse.personas.conversations import (
-    TurnStarted,
-    conversation_of,
-    latest_conversation,
-    messages_of,
-    say,
-    start_conversation,
-)
+from synapse.personas.conversations import conversation_of, latest_conversation, messages_of, start_conversation
 from synapse.personas.entities import MAX_MESSAGE_LENGTH, Conversation, Message, Persona
+from synapse.personas.talking import TurnStarted, say
 from synapse.store import Store
 
 
@@ -100,7 +94,7 @@ async def test_an_answer_is_written_while_it_grows(
     conversation: Conversation,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(conversations, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(talking, "SECONDS_BETWEEN_SAVES", 0.0)
     text = ""
     async for event in say(context, persona, conversation, "hello"):
         if isinstance(event, TurnStarted):
@@ -116,19 +110,20 @@ from pathlib import Path
 from synapse.commands import Context
 from synapse.config import load_settings
 from synapse.models.chat_template import Message as ChatMessage
-from synapse.personas import conversations
+from synapse.personas import talking
 from synapse.personas.chat import TextDelta
 from synapse.personas.entities import Conversation, Persona
+from synapse.personas.talking import TurnStarted, say
 from synapse.store import open_store
 
 async def main():
-    conversations.SECONDS_BETWEEN_SAVES = 0.0
+    talking.SECONDS_BETWEEN_SAVES = 0.0
     async with Context(load_settings()) as context:
         store = await context.get(open_store)
         conversation = await store.get(Conversation, sys.argv[1])
         persona = await store.get(Persona, conversation.persona_id)
         said = 0
-        async for event in conversations.say(context, persona, conversation, "my last words"):
+        async for event in talking.say(context, persona, conversation, "my last words"):
             said += isinstance(event, TextDelta)
             if said == 5:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -24,9 +24,10 @@ from synapse.personas.commands import (
     edit_persona,
     set_genome,
 )
-from synapse.personas.conversations import say, start_conversation
+from synapse.personas.conversations import start_conversation
 from synapse.personas.entities import Conversation, Persona
 from synapse.personas.events import FinishedTurn
+from synapse.personas.talking import say
 from synapse.store import Duplicate, Store
 
 LONG = TurnOptions(sampling={"max_tokens": 900})

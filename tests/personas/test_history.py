@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from synapse.engines.engine import ContextOverflow
 from synapse.models.chat_template import Message
-from synapse.personas.history import ANSWER_TOKENS, alternating, fit, with_system_prompt
+from synapse.personas.history import ANSWER_TOKENS, STEPS, alternating, fit, with_system_prompt
 
 
 def encode(messages: Sequence[Message]) -> list[int]:
@@ -70,7 +70,7 @@ turns = st.lists(st.tuples(st.text("x", min_size=1, max_size=60), st.text("y", m
 
 
 @given(turns, st.text("z", min_size=1, max_size=20), st.sampled_from(["", "system"]), st.integers(64, 1500))
-def test_the_longest_suffix_of_whole_turns_that_fits_is_chosen(
+def test_whole_turns_are_left_out_until_the_rest_fits_and_not_many_more_than_a_quarter(
     earlier: list[tuple[str, str]], last: str, system: str, context: int
 ) -> None:
     said = [message for question, answer in earlier for message in (user(question), assistant(answer))]
@@ -82,4 +82,23 @@ def test_the_longest_suffix_of_whole_turns_that_fits_is_chosen(
     assert prompt == encode([*head, *said[left_out:], user(last)])
     assert len(prompt) <= room or left_out == len(said)
     if left_out:
-        assert len(encode([*head, *said[left_out - 2 :], user(last)])) > room
+        assert len(encode([*head, *said[left_out - 2 :], user(last)])) > room - room // STEPS
+
+
+@given(st.lists(st.integers(1, 60), min_size=60, max_size=60), st.sampled_from(["", "system"]))
+def test_a_conversation_that_has_outgrown_its_context_keeps_its_beginning_for_many_turns(
+    lengths: list[int], system: str
+) -> None:
+    context = 1000
+    room = context - context // 4
+    said: list[Message] = []
+    beginnings = []
+    for length in lengths:
+        said.append(user("x" * length))
+        prompt, left_out = fit(with_system_prompt(system, said), encode, context)
+        assert len(prompt) <= room
+        beginnings.append(left_out)
+        said.append(assistant("y" * length))
+    assert beginnings == sorted(beginnings)
+    tokens = sum(len(message.content) + 1 for message in said)
+    assert len(set(beginnings)) <= 2 + tokens // (room // STEPS)

@@ -130,3 +130,13 @@ def test_metrics_are_prometheus_text_and_need_permission_once_there_are_keys(emp
     assert "# TYPE synapse_hotpath_answers_total counter" in response.text
     empty.command("key/create", name="chatter")
     assert httpx.get(f"{empty.url}/metrics").status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/openapi.json", "/nowhere", "/v1/events"])
+def test_head_is_answered_as_get_without_the_body(empty: Live, path: str) -> None:
+    with empty.http() as client:
+        head = client.head(path)
+        with client.stream("GET", path) as get:
+            assert (head.status_code, head.headers["content-type"]) == (get.status_code, get.headers["content-type"])
+            assert head.headers.get("content-length") == get.headers.get("content-length")
+        assert head.content == b""

@@ -112,6 +112,16 @@ def test_revoking_works_with_the_next_request_and_never_opens_the_server(empty: 
         assert client.get("/v1/models").status_code == 401
 
 
+def test_the_first_key_can_be_undone(empty: Live) -> None:
+    secret = make(empty, "only", "manage")
+    with empty.http() as client:
+        assert client.get("/v1/models").status_code == 401
+    empty.command("key/remove", secret, name="only")
+    with empty.http() as client:
+        assert client.get("/v1/models").status_code == 200
+    assert make(empty, "only", "manage") != secret
+
+
 def test_a_name_is_used_once_and_an_unknown_one_cannot_be_revoked(empty: Live) -> None:
     secret = make(empty, "laptop", "manage")
     with with_key(empty, secret) as client:

@@ -77,6 +77,19 @@ async def test_the_greeting_says_where_who_and_how(tmp_path: Path) -> None:
             assert "Bearer KEY" in await greeting(context, listener)
 
 
+async def test_a_server_for_everywhere_greets_with_an_address_that_can_be_asked(tmp_path: Path) -> None:
+    async with Context(settings(tmp_path, host=EVERYWHERE)) as context:
+        _, key = new_key("laptop", ["chat"])
+        await (await context.get(open_store)).create(key)
+        with await bind(context) as listener:
+            text = await greeting(context, listener)
+            url = text.split("answers at ")[1].split()[0]
+            assert EVERYWHERE not in text
+            host = url.removeprefix("http://").rpartition(":")[0]
+            with socket.create_connection((host, listener.getsockname()[1]), timeout=10):
+                pass
+
+
 def test_without_the_default_model_it_stops_and_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(NotFound) as caught:
         serve(settings(tmp_path))

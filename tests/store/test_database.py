@@ -16,8 +16,12 @@ from synapse.commands import Context
 from synapse.config import Settings
 from synapse.errors import Corrupt, InvalidInput, Overloaded, Unavailable
 from synapse.genome.entities import Genome, GenomeLayer
-from synapse.store import Contention, Store, connect, database, open_store
+from synapse.store import Contention, Store, connect, open_store, sqlite
+from synapse.store.columns import from_row, to_row
 from synapse.store.database import open_engine, parse_url
+from synapse.store.postgresql import PostgresDatabase
+from synapse.store.sqlite import SqliteDatabase
+from synapse.store.transaction import Query
 
 
 @pytest.mark.parametrize(
@@ -52,11 +56,14 @@ async def test_the_store_of_the_settings_is_a_private_file_in_the_home(tmp_path:
 
 
 async def test_sqlite_keeps_a_write_ahead_log_and_foreign_keys(tmp_path: Path) -> None:
+    database = SqliteDatabase(tmp_path / "x.db")
     engine = open_engine(parse_url(f"sqlite:///{tmp_path / 'x.db'}"))
-    async with engine.connect() as connection:
+    async with database._connection() as ours, engine.connect() as alembics:
         for pragma, expected in (("journal_mode", "wal"), ("foreign_keys", 1), ("synchronous", 2)):
-            assert (await connection.execute(sa.text(f"PRAGMA {pragma}"))).scalar() == expected
+            assert (await alembics.execute(sa.text(f"PRAGMA {pragma}"))).scalar() == expected
+            assert list(await ours.execute_fetchall(f"PRAGMA {pragma}")) == [(expected,)]
     await engine.dispose()
+    await database.close()
 
 
 async def test_readers_do_not_wait_for_a_writer(tmp_path: Path) -> None:
@@ -71,7 +78,7 @@ async def test_readers_do_not_wait_for_a_writer(tmp_path: Path) -> None:
 
 
 async def test_a_database_that_stays_locked_is_overloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "BUSY_MILLISECONDS", 50)
+    monkeypatch.setattr(sqlite, "BUSY_MILLISECONDS", 50)
     path = tmp_path / "x.db"
     store = await connect(f"sqlite:///{path}")
     holder = sqlite3.connect(path, isolation_level=None)
@@ -116,12 +123,16 @@ async def test_postgresql_without_its_driver_says_what_to_install(monkeypatch: p
     assert caught.value.hint == "pip install 'synapse[postgres]'"
 
 
-async def test_a_row_that_something_else_wrote_is_corrupt_not_believed(store: Store) -> None:
+async def test_a_row_that_something_else_wrote_is_corrupt_not_believed(database_url: str) -> None:
+    store = await connect(database_url)
     made = await store.create(GenomeLayer(name="a"))
-    async with store._engine.begin() as connection:
+    engine = open_engine(parse_url(database_url))
+    async with engine.begin() as connection:
         await connection.execute(sa.text("UPDATE genome_layers SET trait_type = 'wit'"))
+    await engine.dispose()
     with pytest.raises(Corrupt, match=f"GenomeLayer {made.id} .* trait_type"):
         await store.get(GenomeLayer, made.id)
+    await store.close()
 
 
 async def test_two_transactions_that_cross_on_postgresql_do_not_both_win(postgres_url: str) -> None:
@@ -157,3 +168,22 @@ async def test_single_writes_that_cross_on_postgresql_are_tried_again(postgres_u
     assert (found.creator, found.description, found.tags) == ("ada", "d", ("x",))
     for store in stores:
         await store.close()
+
+
+async def test_what_is_written_directly_is_what_sqlalchemy_reads(tmp_path: Path) -> None:
+    """Both ways of speaking to SQLite keep every kind of value alike, so that migrations may go the other way."""
+    path = tmp_path / "x.db"
+    store = await connect(f"sqlite:///{path}")
+    made = await store.create(
+        GenomeLayer(name="a", rslora=True, alpha=0.5, rank=3, tags=("x", "ü"), targets=("q_proj",), sha256="0" * 64)
+    )
+    through = PostgresDatabase(open_engine(parse_url(f"sqlite:///{path}")))
+    async with through.begin(writes=True) as transaction:
+        [row] = await transaction.select(GenomeLayer, Query({"name": "a"}))
+        assert from_row(GenomeLayer, row) == made
+        other = made.model_copy(update={"id": "b", "name": "b", "alpha": None})
+        await transaction.insert(GenomeLayer, to_row(other))
+    await through.close()
+    assert await store.get(GenomeLayer, "b") == other
+    assert await store.list(GenomeLayer, {"alpha": None}) == [other]
+    await store.close()

@@ -15,8 +15,9 @@ from pydantic import AwareDatetime, Field, ValidationError
 from synapse.errors import NotFound
 from synapse.genome.entities import GenomeLayer
 from synapse.store import Entity, Reference, Value, entity
+from synapse.store.columns import column_kind
 from synapse.store.entity import Spec, kind_of, new_id
-from synapse.store.tables import UtcDateTime, column_type, derive_table
+from synapse.store.tables import TYPES, UtcDateTime, derive_table
 
 
 class Colour(StrEnum):
@@ -53,8 +54,8 @@ class Part(Value):
 def test_the_type_of_a_field_decides_the_type_of_its_column(
     annotation: Any, sql: type[sa.types.TypeEngine[Any]], nullable: bool
 ) -> None:
-    found, may_be_null = column_type(annotation)
-    assert isinstance(found, sql)
+    kind, may_be_null = column_kind(annotation)
+    assert isinstance(TYPES[kind], sql)
     assert may_be_null is nullable
 
 

@@ -17,7 +17,8 @@ from synapse.genome.entities import GenomeLayer
 from synapse.store import DatabaseTooNew, connect
 from synapse.store.database import open_engine, parse_url
 from synapse.store.entity import COLLECTIONS, all_kinds, spec_of
-from synapse.store.migrate import REVISIONS, alembic_config
+from synapse.store.migrate import alembic_config
+from synapse.store.migrations import REVISIONS
 from synapse.store.tables import METADATA, table_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,8 +72,14 @@ class Live:
 
 
 @contextmanager
-def running(home: Path, *, body_timeout: float = 30.0, **settings: Any) -> Iterator[Live]:
-    """Run a server until the block is left. Errors of its thread are raised here."""
+def running(
+    home: Path, *, body_timeout: float = 30.0, limits: Mapping[str, float] | None = None, **settings: Any
+) -> Iterator[Live]:
+    """Run a server until the block is left. Errors of its thread are raised here.
+
+    Args:
+        limits: those of `make_server`, where they differ.
+    """
     started: Future[Live] = Future()
     chosen = Settings(home=home, port=0, max_context=CONTEXT, max_request_bytes=MAX_BODY, **settings)
 
@@ -81,7 +87,7 @@ def running(home: Path, *, body_timeout: float = 30.0, **settings: Any) -> Itera
         async with Context(chosen) as context:
             listener = await bind(context)
             app = create_app(context, body_timeout=body_timeout)
-            server = make_server(app)
+            server = make_server(app, **(limits or {}))
             port = listener.getsockname()[1]
             url = f"http://127.0.0.1:{port}"
             started.set_result(Live(url, port, home, asyncio.get_running_loop(), server, app.state.server))

@@ -24,6 +24,7 @@ from synapse.engines.native.examples import CONTEXT, small_config, small_model
 from synapse.engines.native.kernel import KERNEL
 from synapse.engines.native.model import NativeModel
 from synapse.engines.native.packed.model import PackedModel
+from synapse.engines.native.packed.packing import Kind
 from synapse.engines.reference.lora import Stack
 from synapse.engines.reference.transformer import Cache, Chunk, ReferenceTransformer, StepLogits
 from synapse.engines.reference.weights import PackedWeights
@@ -85,7 +86,7 @@ def wait_until_ready() -> None:
 def tiny_native(
     architecture: str = "llama",
     *,
-    kind: Literal["q4", "q8"] = "q8",
+    kind: Kind = "q8",
     tied: bool = True,
     threads: int = 1,
     context: int = CONTEXT,
@@ -210,7 +211,7 @@ class _RoundingWeights(PackedWeights):
         )
 
     def _map(self, name: str) -> Any:
-        return _RoundedMap(self._packed.matrix(name), 127 if self._packed.kind(name) == "q4" else 32767)
+        return _RoundedMap(self._packed.matrix(name), 127 if self._packed.kind(name) != "q8" else 32767)
 
     def logits(self, x: Logits) -> Logits:
         found: Logits = x @ self._map("token_embd.weight" if self.config.tied else "output.weight").T

@@ -22,7 +22,8 @@ from synapse.callosum.topics import checked_topic
 class Payload(BaseModel):
     """The base of payloads. What a newer version has added is passed over, not refused."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # Built when it is first used: a process declares many events and publishes few.
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class Untyped(RootModel[dict[str, JsonValue]]):

@@ -9,6 +9,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -103,20 +104,24 @@ class RegistryGroup(HelpfulGroup):
     """One group of the registry. Its room is imported when the group is first looked into."""
 
     def list_commands(self, ctx: ParseContext) -> list[str]:
-        return list(self._loaded())
+        from synapse.commands import load_group
+
+        return [*(command.verb for command in load_group(str(self.name))), *self._programs()]
 
     def get_command(self, ctx: ParseContext, cmd_name: str) -> AnyCommand | None:
-        return self._loaded().get(cmd_name)
-
-    def _loaded(self) -> dict[str, AnyCommand]:
-        if not self.commands:
+        """The one that is asked for: making all those of a group takes longer than most of them run."""
+        if cmd_name not in self.commands:
             from synapse.commands import load_group
 
-            for command in load_group(str(self.name)):
-                self.add_command(_typer_command(command), command.verb)
-            for program in programs.GROUP_PROGRAMS.get(str(self.name), ()):
-                self.add_command(_typer_program(program), program.__name__)
-        return dict(self.commands)
+            found = {command.verb: command for command in load_group(str(self.name))}
+            if cmd_name in found:
+                self.add_command(_typer_command(found[cmd_name]), cmd_name)
+            elif cmd_name in self._programs():
+                self.add_command(_typer_program(self._programs()[cmd_name]), cmd_name)
+        return self.commands.get(cmd_name)
+
+    def _programs(self) -> dict[str, Callable[..., None]]:
+        return {program.__name__: program for program in programs.GROUP_PROGRAMS.get(str(self.name), ())}
 
 
 def _typer_program(program: Callable[..., None]) -> AnyCommand:
@@ -128,13 +133,15 @@ def _typer_program(program: Callable[..., None]) -> AnyCommand:
 
 def _typer_command(command: Command) -> AnyCommand:
     """The Typer command that runs a command of the registry."""
+    from synapse.cli.completion import completer
     from synapse.cli.options import signature_of
     from synapse.cli.run import run_command
 
     def callback(*, as_json: bool, **values: Any) -> None:
         run_command(command, values, as_json=as_json)
 
-    vars(callback)["__signature__"] = signature_of(command.params)
+    complete = partial(completer, command.group, command.verb)
+    vars(callback)["__signature__"] = signature_of(command.params, complete)
     callback.__annotations__.clear()
     app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings=HELP_OPTIONS)
     text = f"{command.summary}\n\n{command.description}".strip()

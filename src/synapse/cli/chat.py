@@ -15,22 +15,18 @@ from synapse.callosum.publish.recording import recording
 from synapse.cli.chat_session import ChatSession
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.progress import TerminalProgress
-from synapse.cli.text import left_out_notice, style_of, tell, write_answer
+from synapse.cli.text import left_out_notice, read_stdin, style_of, tell, write_answer
 from synapse.commands import Context, Progress
 from synapse.config import load_settings
 from synapse.engines import open_engines
 from synapse.errors import InvalidInput, TooLarge
+from synapse.models.library import open_library
 from synapse.personas.base_model import ensure_base_model
 from synapse.personas.chat import TextDelta, TurnOptions
-from synapse.personas.conversations import (
-    TurnStarted,
-    conversation_of,
-    latest_conversation,
-    say,
-    start_conversation,
-)
+from synapse.personas.conversations import conversation_of, latest_conversation, start_conversation
 from synapse.personas.entities import MAX_MESSAGE_LENGTH, Conversation, Persona
-from synapse.personas.lookup import find_persona
+from synapse.personas.lookup import find_persona_or_model, is_bare_model
+from synapse.personas.talking import TurnStarted, say, say_unkept
 from synapse.store import open_store
 
 
@@ -57,7 +53,7 @@ class ChatAnswer(BaseModel):
     """What `synapse chat --json` prints."""
 
     persona: str
-    conversation_id: str
+    conversation_id: str | None = Field(description="none when a bare model has answered")
     content: str
     finish_reason: str = Field(description="stop, or length when max_tokens or the context ended the answer")
     prompt_tokens: int
@@ -97,7 +93,7 @@ def run_chat(request: ChatRequest) -> None:
 
 def _given_message(request: ChatRequest) -> str | None:
     """The message from `-m`, from a pipe, or both, the piped text last; None when a person sits at the terminal."""
-    piped = "" if sys.stdin.isatty() else sys.stdin.read(MAX_MESSAGE_LENGTH + 1)
+    piped = "" if sys.stdin.isatty() else read_stdin(4 * MAX_MESSAGE_LENGTH + 1)
     if len(piped) > MAX_MESSAGE_LENGTH:
         raise TooLarge(f"standard input has more than {MAX_MESSAGE_LENGTH} characters, which is the limit")
     if request.message is None and sys.stdin.isatty():
@@ -107,8 +103,16 @@ def _given_message(request: ChatRequest) -> str | None:
 
 async def _opened(context: Context, request: ChatRequest) -> tuple[Persona, Conversation | None]:
     store = await context.get(open_store)
-    persona = await find_persona(store, request.persona)
+    library = await context.get(open_library)
+    persona = await find_persona_or_model(store, library, context.settings.default_model, request.persona)
     persona.sampling.with_overrides(request.sampling)  # refused now rather than after the first message
+    if is_bare_model(persona):
+        if request.resume or request.conversation_id is not None:
+            raise InvalidInput(
+                f"{persona.name} is a model: conversations are kept for personas only",
+                hint=f"make one of it: synapse persona create NAME --model {persona.name}",
+            )
+        return persona, None
     if request.conversation_id is not None:
         return persona, await conversation_of(store, persona, request.conversation_id)
     return persona, await latest_conversation(store, persona) if request.resume else None
@@ -132,20 +136,25 @@ async def _one_answer(request: ChatRequest, message: str) -> None:
             persona, conversation = await _opened(context, request)
             await ensure_base_model(context, persona.base_model, None if request.as_json else tell, progress)
             progress.close()
-            if conversation is None:
-                if not message.strip():
-                    raise InvalidInput("the message is empty", hint='give one with -m "…", or pipe it in')
+            if not message.strip():
+                raise InvalidInput("the message is empty", hint='give one with -m "…", or pipe it in')
+            if conversation is None and not is_bare_model(persona):
                 conversation = await start_conversation(await context.get(open_store), persona, message)
             await _answer(context, request, persona, conversation, message)
 
 
 async def _answer(
-    context: Context, request: ChatRequest, persona: Persona, conversation: Conversation, message: str
+    context: Context, request: ChatRequest, persona: Persona, conversation: Conversation | None, message: str
 ) -> None:
     pieces: list[str] = []
     left_out = 0
     options = TurnOptions(sampling=request.sampling)
-    async with aclosing(say(context, persona, conversation, message, options)) as events:
+    answering = (
+        say_unkept(context, persona, [], message, options)
+        if conversation is None
+        else say(context, persona, conversation, message, options)
+    )
+    async with aclosing(answering) as events:
         async for event in events:
             if isinstance(event, TurnStarted):
                 left_out = event.left_out
@@ -158,7 +167,7 @@ async def _answer(
             elif request.as_json:
                 answer = ChatAnswer(
                     persona=persona.name,
-                    conversation_id=conversation.id,
+                    conversation_id=conversation.id if conversation else None,
                     content="".join(pieces),
                     finish_reason=event.reason,
                     prompt_tokens=event.prompt_tokens,

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -17,9 +17,12 @@ from synapse.cli.problems import problem_of, show_problem
 from synapse.cli.text import left_out_notice, printable, style_of, tell, write_answer
 from synapse.commands import Context
 from synapse.errors import InvalidInput, SynapseError
-from synapse.personas.chat import TextDelta, TurnFinished, TurnOptions
-from synapse.personas.conversations import TurnStarted, messages_of, say, start_conversation
+from synapse.models.chat_template import Message as ChatMessage
+from synapse.personas.chat import ChatEvent, TextDelta, TurnFinished, TurnOptions
+from synapse.personas.conversations import messages_of, start_conversation
 from synapse.personas.entities import Conversation, Persona
+from synapse.personas.lookup import is_bare_model
+from synapse.personas.talking import TurnStarted, as_chat, say, say_unkept
 from synapse.store import open_store
 
 COMMAND = re.compile(r"/[a-z]+(?=\s|$)")
@@ -46,6 +49,7 @@ class ChatSession:
         self._events = events
         self._persona = persona
         self._conversation = conversation
+        self._said: list[ChatMessage] = []  # to a bare model, of which no conversation is kept
         self._sampling = dict(sampling)
         self._told_left_out = False
         self._editor = LineEditor(context.settings.folder("") / "chat_history")
@@ -60,13 +64,17 @@ class ChatSession:
         self._leaving = False
 
     def run(self) -> None:
-        """Until `/exit`, Ctrl-D, or Ctrl-C at the prompt."""
+        """Until `/exit` or Ctrl-D. Ctrl-C at the prompt gives up the line, as in a shell."""
         self._greet()
         try:
             while not self._leaving:
                 try:
                     line = self._editor.read(PROMPT)
-                except (EOFError, KeyboardInterrupt):
+                except KeyboardInterrupt:
+                    print(file=sys.stderr)
+                    tell("Ctrl-D leaves")
+                    continue
+                except EOFError:
                     print(file=sys.stderr)
                     break
                 self._take(line)
@@ -88,13 +96,10 @@ class ChatSession:
 
     async def _answer(self, message: str) -> None:
         """Say it and show the answer. Ctrl-C cancels this task: the answer stops, what came of it is kept."""
-        store = await self._context.get(open_store)
-        if self._conversation is None:
-            self._conversation = await start_conversation(store, self._persona, message)
         options = TurnOptions(sampling=self._sampling)
         text = ""
         try:
-            async with aclosing(say(self._context, self._persona, self._conversation, message, options)) as events:
+            async with aclosing(await self._saying(message, options)) as events:
                 async for event in events:
                     if isinstance(event, TurnStarted):
                         self._notice_left_out(event.left_out)
@@ -111,6 +116,14 @@ class ChatSession:
             write_answer("\n")
             tell("stopped")
         await self._events.settled(EVENTS_SECONDS)  # at the prompt the loop stands still
+
+    async def _saying(self, message: str, options: TurnOptions) -> AsyncGenerator[TurnStarted | ChatEvent]:
+        if is_bare_model(self._persona):
+            return say_unkept(self._context, self._persona, self._said, message, options)
+        if self._conversation is None:
+            store = await self._context.get(open_store)
+            self._conversation = await start_conversation(store, self._persona, message)
+        return say(self._context, self._persona, self._conversation, message, options)
 
     def _notice_left_out(self, left_out: int) -> None:
         if left_out and not self._told_left_out:
@@ -140,29 +153,31 @@ class ChatSession:
         for name, (summary, _action) in self._commands.items():
             print(f"{style.cyan(name)}{' ' * (10 - len(name))}{summary}")
         print(f"{style.cyan(chr(34) * 3)}{' ' * 7}begins and ends a message of several lines")
-        print(f"{style.cyan('Ctrl-C')}{' ' * 4}stops an answer")
+        print(f"{style.cyan('Ctrl-C')}{' ' * 4}stops an answer, or gives up the line")
 
     def _new(self, _: str) -> None:
         self._conversation = None
+        self._said = []
         self._told_left_out = False
         tell("a new conversation begins with your next message")
 
     def _history(self, _: str) -> None:
-        if self._conversation is None:
+        said = self._said if self._conversation is None else self._runner.run(self._messages(self._conversation))
+        if not said:
             tell("nothing has been said yet")
-            return
         style = style_of(sys.stdout)
-        for message in self._runner.run(self._messages(self._conversation)):
+        for message in said:
             name = self._persona.name if message.role == "assistant" else "you"
             print(f"{style.bold(name + '>')} {printable(message.content)}")
 
-    async def _messages(self, conversation: Conversation) -> Any:
-        return await messages_of(await self._context.get(open_store), conversation.id)
+    async def _messages(self, conversation: Conversation) -> list[ChatMessage]:
+        return as_chat(await messages_of(await self._context.get(open_store), conversation.id))
 
     def _system(self, text: str) -> None:
         if text:
             self._persona = self._persona.model_copy(update={"system_prompt": text})
-            tell(f"set for this session; to keep it: synapse persona edit {self._persona.name} --system-prompt …")
+            keep = f"; to keep it: synapse persona edit {self._persona.name} --system-prompt …"
+            tell(f"set for this session{'' if is_bare_model(self._persona) else keep}")
         else:
             print(printable(self._persona.system_prompt) or "there is no system prompt")
 

@@ -26,6 +26,8 @@ class LineEditor:
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         if readline is not None and self._interactive:
             readline.set_history_length(HISTORY_LINES)
+            # A pasted text of several lines is one message: its line ends do not send it, Enter does.
+            readline.parse_and_bind("set enable-bracketed-paste on")
             with contextlib.suppress(OSError):  # none yet, or unreadable: typing works without it
                 readline.read_history_file(history)
 
@@ -62,4 +64,4 @@ class LineEditor:
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.rstrip("\n")
+        return line.rstrip("\r\n")

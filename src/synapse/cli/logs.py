@@ -5,11 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 
-import structlog
+from synapse.log import set_up_with
 
 
 def log_to_stderr() -> None:
     """Set up the log of a command. The server sets up its own."""
+    set_up_with(_configure)
+
+
+def _configure() -> None:
+    import structlog
+
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

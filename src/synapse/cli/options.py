@@ -10,17 +10,17 @@ from __future__ import annotations
 import enum
 import inspect
 import json
-import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from synapse.cli.text import read_stdin
 from synapse.commands import Argument
 from synapse.errors import InvalidInput
 
@@ -98,14 +98,28 @@ def option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def option_names(name: str, field: FieldInfo) -> list[str]:
+    """The options of a field: its own, and those of its other names (`AliasChoices`)."""
+    others = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
+    return list(dict.fromkeys(option_name(each) for each in (name, *others) if isinstance(each, str)))
+
+
 def display_name(name: str, field: FieldInfo) -> str:
     """The name a person knows the field by: `NAME` by position, `--name` as an option."""
     return name.upper().replace("_", "-") if is_positional(field) else option_name(name)
 
 
-def signature_of(model: type[BaseModel]) -> inspect.Signature:
-    """The signature that makes Typer offer one parameter for every field of the model, and `--json`."""
-    parameters = [_parameter(name, field) for name, field in model.model_fields.items()]
+Completer = Callable[[str], list[str]]
+
+
+def signature_of(
+    model: type[BaseModel], completer_of: Callable[[str], Completer | None] = lambda field: None
+) -> inspect.Signature:
+    """The signature that makes Typer offer one parameter for every field of the model, and `--json`.
+
+    `completer_of` says what the shell completes a field with, where its type does not.
+    """
+    parameters = [_parameter(name, field, completer_of(name)) for name, field in model.model_fields.items()]
     json_option = typer.Option("--json", help="Print the result as JSON, and an error as JSON on stderr.")
     parameters.append(_keyword("as_json", Annotated[bool, json_option], False))
     return inspect.Signature(sorted(parameters, key=lambda p: p.default is not inspect.Parameter.empty))
@@ -115,12 +129,14 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, completer: Completer | None) -> inspect.Parameter:
     form = form_of(field.annotation)
     base: Any = bool if form.kind == "flag" else (list[str] if form.repeated else str)
     settings: dict[str, Any] = {"help": _help(field, form), "show_default": False}
     if form.choices:
         settings["autocompletion"] = lambda: list(form.choices)
+    elif completer is not None:
+        settings["autocompletion"] = completer
     if is_positional(field):
         settings["metavar"] = name.upper().replace("_", "-") + ("..." if form.repeated else "")
         declaration = typer.Argument(**settings)
@@ -129,7 +145,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         plain = field.default is False
         declaration = typer.Option(switch if plain else f"{switch}/--no-{switch[2:]}", **settings)
     else:
-        declaration = typer.Option(option_name(name), metavar=f"<{form.metavar}>", **settings)
+        declaration = typer.Option(*option_names(name, field), metavar=f"<{form.metavar}>", **settings)
     if field.is_required():
         return _keyword(name, Annotated[base, declaration], inspect.Parameter.empty)
     return _keyword(name, Annotated[base | None, declaration], None)
@@ -195,7 +211,7 @@ def _parsed(name: str, text: str) -> Any:
     """A JSON value given as text, as `@FILE`, or as `-` for standard input."""
     source = text
     if text == "-":
-        source = sys.stdin.read()
+        source = read_stdin()
     elif text.startswith("@"):
         try:
             source = Path(text[1:]).read_text(encoding="utf-8")
@@ -221,6 +237,9 @@ def _explained(model: type[BaseModel], error: ValidationError) -> list[str]:
             where += " " + ".".join(inside)
         message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         message = message.removeprefix("Input ")
+        if detail["type"] == "string_pattern_mismatch":  # nobody reads a regular expression
+            about = field.description if field and field.description else "text of another form"
+            message = f"takes {about}"
         found = "" if detail["type"] == "missing" else f", found {_short(detail['input'])}"
         lines.append(f"{where}: {message}{found}" if where else f"{message}")
     return lines

@@ -1,4 +1,4 @@
-"""How a command's result looks: a table or key/value pairs for a person, plain columns in a pipe, JSON on request."""
+"""A command's result: tables and key/value pairs for a person, tab-separated lines in a pipe, JSON on request."""
 
 from __future__ import annotations
 
@@ -117,25 +117,20 @@ def _lines(text: str, indent: int) -> list[str]:
 
 
 def show_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Many things: a table that fits the terminal, or aligned columns on single lines when stdout is no terminal."""
+    """Many things: a table that fits the terminal, or tab-separated lines when stdout is no terminal."""
     columns = [n for n in dict.fromkeys(n for row in rows for n in row) if any(cell(n, row.get(n)) for row in rows)]
     cells = [[" ".join(cell(name, row.get(name)).split()) for name in columns] for row in rows]
     numeric = [all(isinstance(row.get(n), (int, float)) or row.get(n) is None for row in rows) for n in columns]
     if sys.stdout.isatty():
         _show_rich_table(columns, cells, numeric)
     else:
-        _show_plain_table(columns, cells, numeric)
+        _show_plain_table(columns, cells)
 
 
-def _show_plain_table(columns: list[str], cells: list[list[str]], numeric: list[bool]) -> None:
-    lines = [[name.upper() for name in columns], *cells]
-    widths = [max(_width(line[i]) for line in lines) for i in range(len(columns))]
-    for line in lines:
-        padded = [
-            " " * (width - _width(text)) + text if right else text + " " * (width - _width(text))
-            for text, width, right in zip(line, widths, numeric, strict=True)
-        ]
-        print((" " * GAP).join(padded).rstrip())
+def _show_plain_table(columns: list[str], cells: list[list[str]]) -> None:
+    """One row a line, whole, the cells apart by tabs: `cut -f 2` and `awk -F '\\t'` find a column, an empty one too."""
+    for line in ([name.upper() for name in columns], *cells):
+        print("\t".join(line))
 
 
 def _width(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -56,6 +57,19 @@ def problem_of(error: errors.SynapseError) -> Problem:
     """The problem for an error of Synapse's own tree; its kind decides the exit code."""
     code = next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), EXIT_INTERNAL)
     return Problem(error.code, error.message, error.hint, code)
+
+
+def system_problem(error: OSError) -> Problem | None:
+    """The problem for what the operating system refused, when its cause lies outside of Synapse; None otherwise."""
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Problem(
+            "disk_full", f"there is no room left on the disk{where}", "make room and try again", EXIT_UNAVAILABLE
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        hint = "use another folder, for example with SYNAPSE_HOME, or change who may read and write there"
+        return Problem("not_permitted", f"the system refuses this{where}: {error.strerror}", hint, EXIT_UNAVAILABLE)
+    return None
 
 
 def unexpected_problem(error: BaseException) -> Problem:

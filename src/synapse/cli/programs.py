@@ -31,9 +31,21 @@ def root(
     pass
 
 
+def _complete_chat(incomplete: str) -> list[str]:
+    from synapse.cli.completion import completer
+
+    complete = completer("chat", "", "name")
+    return complete(incomplete) if complete else []
+
+
 def chat(
     *,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The persona to talk to.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", autocompletion=_complete_chat, help="The persona to talk to, or a model without one."
+        ),
+    ],
     message: Annotated[str | None, typer.Option("--message", "-m", help="Say this and print the answer.")] = None,
     resume: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the latest conversation.")] = False,
     conversation: Annotated[str | None, typer.Option(metavar="ID", help="Go on with this conversation.")] = None,
@@ -44,7 +56,7 @@ def chat(
 ) -> None:
     """Talk to a persona: at a prompt, or once with -m or piped text.
 
-    Piped text is the message, or follows the one given with -m. What is said is kept as a conversation.
+    Piped text is the message, or follows the one given with -m. What is said to a persona is kept as a conversation.
     """
     from synapse.cli.chat import ChatRequest, run_chat
 

@@ -8,6 +8,15 @@ import sys
 from dataclasses import dataclass
 from typing import TextIO
 
+from synapse.errors import InvalidInput
+
+
+class NotText(InvalidInput):
+    """Bytes that are no UTF-8 where text is taken."""
+
+    code = "not_text"
+
+
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -61,6 +70,27 @@ def write_answer(text: str) -> None:
     """Write a piece of an answer on stdout, at once. A terminal never gets a control character from it."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def read_stdin(limit: int = -1) -> str:
+    """The text on standard input, at most so many bytes of it.
+
+    Raises:
+        NotText: it is not UTF-8.
+    """
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None:  # a program that has put something else in its place
+        return sys.stdin.read(limit)
+    data: bytes = stream.read(limit)
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        if limit >= 0 and len(data) >= limit and error.end >= len(data):  # cut in the middle of a character
+            return data[: error.start].decode("utf-8")
+        raise NotText(
+            f"standard input is not UTF-8 text: byte {error.start + 1} is 0x{data[error.start]:02x}",
+            hint="if it is text, convert it first: iconv -f LATIN1 -t UTF-8",
+        ) from error
 
 
 def left_out_notice(messages: int) -> str:

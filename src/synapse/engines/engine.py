@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
@@ -19,7 +18,7 @@ from synapse.config import load_settings
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
 from synapse.engines.cache.layers import LayerCache, LoadedLayer
 from synapse.engines.cache.memory import default_cache_tokens
-from synapse.engines.grammar import Constraint, Grammars
+from synapse.engines.grammar import BadGrammar, Constraint, GrammarFailed, Grammars
 from synapse.engines.native.layers import Precision
 from synapse.engines.native.model import cores
 from synapse.engines.native.packed.file import Quantisation
@@ -39,17 +38,22 @@ from synapse.engines.request import (
     TokenLogprob,
 )
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
-from synapse.engines.scheduler import Scheduler
+from synapse.engines.scheduler import Scheduler, Work
 from synapse.engines.sequence import Reason, Sequence
 from synapse.errors import InternalError, InvalidInput, SynapseError, Unavailable
+from synapse.log import Logger
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig
 from synapse.models.gguf_file import ModelFile, open_model_file
 from synapse.models.tokenizer import Tokenizer, load_tokenizer
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 Backend = Literal["reference", "native", "auto"]
+GUESSED_ROWS = 8
+"""Rows of a step that has guesses: as many as one tile of the matrix products computes together."""
+GUESSED_SEQUENCES = 2
+"""With more sequences than these a step has no arithmetic to spare for guesses."""
 LOGITS_CHUNK = 256
 """Tokens computed at once by `Engine.logits`."""
 GRAMMAR_TOKENS = 1024
@@ -86,6 +90,7 @@ class Limits:
             them many times over.
         quantisation: how exactly the native engine keeps weights: `auto` as the file has them, else `int8` or `4bit`.
         layer_precision: how exactly it keeps LoRA layers: `int8`, or `float16` in twice the memory.
+        prompt_lookup: whether one or two sequences that share a step guess what comes next (see `PromptLookup`).
     """
 
     max_context: int = 8192
@@ -98,6 +103,7 @@ class Limits:
     threads: int = 0
     quantisation: Quantisation = "auto"
     layer_precision: Precision = "int8"
+    prompt_lookup: bool = True
 
 
 @dataclass(slots=True)
@@ -107,6 +113,7 @@ class Counters:
     Attributes:
         prompt_tokens: of the prompts that have started; `cached_tokens` of them were found in the KV cache.
         evicted_blocks: blocks of the KV cache whose contents gave way to others.
+        guessed_tokens: tokens that were computed before it was known whether they are chosen; `right_guesses` were.
         preemptions: how often a sequence gave its place back and waited again.
     """
 
@@ -114,8 +121,11 @@ class Counters:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     requests: int = 0
+    grammar_failures: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    guessed_tokens: int = 0
+    right_guesses: int = 0
     evicted_blocks: int = 0
     preemptions: int = 0
 
@@ -188,6 +198,8 @@ class Engine:
         for layer_id, _ in request.layers:
             self.layers.get(layer_id)
         constraint = self.compile_grammar(request.grammar) if request.grammar else None
+        if constraint is not None:
+            limit = self._check_budget(request, limit, constraint.shortest)
         seq = Sequence(
             f"r{next(self._ids)}",
             request,
@@ -263,26 +275,27 @@ class Engine:
         work = self._scheduler.schedule(time.monotonic())
         self.counters.preemptions = self._scheduler.preemptions
         self.counters.evicted_blocks = self._pool.evictions
-        self._stalled = not work
+        self._stalled = not work and self.layers.fetching
         if not work:
-            if block and not events and self._sequences:
+            if block and not events and self._stalled:
                 deadline = self.next_deadline
                 self._take_in_layers(None if deadline is None else max(deadline - time.monotonic(), 0.001))
             return events
+        guesses = self._guesses(work)
         chunks = [
             Chunk(
-                tokens=np.asarray(seq.tokens[seq.computed : seq.computed + count], np.intp),
+                tokens=np.asarray(seq.tokens[seq.computed : seq.computed + count] + guess, np.intp),
                 start=seq.computed,
                 table=seq.table(),
                 stack=seq.stack or (),
-                wanted=int(count == seq.pending),
+                wanted=int(count == seq.pending) + len(guess),
             )
-            for seq, count in work.items()
+            for (seq, count), guess in zip(work.items(), guesses, strict=True)
         ]
         logits = self._transformer.forward(chunks, self._cache)
         self.counters.steps += 1
         row = 0
-        for (seq, count), chunk in zip(work.items(), chunks, strict=True):
+        for (seq, count), chunk, guess in zip(work.items(), chunks, guesses, strict=True):
             if not seq.started:
                 seq.started = True
                 self.counters.prompt_tokens += len(seq.request.prompt)
@@ -293,8 +306,33 @@ class Engine:
             seq.advance(self._pool, count)
             if chunk.wanted:
                 events += self._continue_safely(seq, logits, row)
-                row += 1
+                right = 0
+                while right < len(guess) and seq.id in self._sequences and seq.tokens[-1] == guess[right]:
+                    right += 1
+                    self.counters.decode_tokens += 1
+                    seq.advance(self._pool, 1)
+                    events += self._continue_safely(seq, logits, row + right)
+                if guess:
+                    self.counters.guessed_tokens += len(guess)
+                    self.counters.right_guesses += right
+                    seq.lookup.judge(len(guess), right, len(seq.tokens))
+                row += chunk.wanted
         return events
+
+    def _guesses(self, work: Work) -> list[list[int]]:
+        """What each sequence of a step computes beyond its own tokens. What is wrong of it is overwritten later."""
+        if not self.limits.prompt_lookup or len(work) > GUESSED_SEQUENCES:
+            return [[] for _ in work]
+        return [
+            self._guess(seq, GUESSED_ROWS // len(work) - 1) if all(n == 1 for n in work.values()) else []
+            for seq in work
+        ]
+
+    def _guess(self, seq: Sequence, most: int) -> list[int]:
+        if not seq.generated or seq.constraint is not None or seq.sampler.penalised:
+            return []
+        guess = seq.lookup.guess(seq.tokens, min(most, seq.limit - len(seq.tokens) - 1))
+        return guess if seq.grow(self._pool, 1 + len(guess)) else []
 
     def reset(self) -> None:
         """Drop every sequence without events, after a step has raised."""
@@ -313,6 +351,9 @@ class Engine:
         try:
             return self._continue(seq, logits, row)
         except SynapseError as error:
+            if isinstance(error, GrammarFailed):
+                self.counters.grammar_failures += 1
+                log.exception("engine.grammar_failed", request=seq.id, reason=error.message)
             return [self._end(seq, "error", error)]
         except Exception as error:  # a defect, which its caller and the log are told of
             log.exception("choosing a token failed", request=seq.id)
@@ -341,7 +382,9 @@ class Engine:
         if ends or (seq.constraint and seq.constraint.complete):
             finish = "stop"
         elif remaining <= 0:
-            finish = "length"
+            finish = "stop" if seq.constraint and seq.constraint.accepting else "length"
+        if seq.constraint and finish == "stop":
+            seq.constraint.check_answer()
         text = seq.text.push(b"" if ends else self.tokenizer.token_bytes(token), last=finish is not None)
         if seq.text.stopped:
             finish = "stop"
@@ -372,9 +415,7 @@ class Engine:
                 param="messages",
             )
         limit = self.context
-        if request.max_tokens is None and request.grammar is not None:
-            limit = min(limit, prompt + GRAMMAR_TOKENS)
-        elif request.max_tokens is not None:
+        if request.max_tokens is not None:
             if request.max_tokens < 1:
                 raise InvalidInput(f"max_tokens must be at least 1, not {request.max_tokens}", param="max_tokens")
             limit = prompt + request.max_tokens
@@ -396,12 +437,27 @@ class Engine:
         check_sampling(request.sampling, self.config.vocab)
         return limit
 
+    def _check_budget(self, request: Request, limit: int, shortest: int) -> int:
+        """Refuse a grammar whose shortest answer does not fit; otherwise the most tokens the sequence may reach."""
+        prompt = len(request.prompt)
+        if shortest > limit - prompt:
+            what = "max_tokens allows" if request.max_tokens is not None else "the context has room for"
+            raise BadGrammar(
+                f"the shortest answer that fits the {(request.grammar or Grammar('regex')).kind.replace('_', ' ')}"
+                f" has {shortest} tokens; {what} {limit - prompt}",
+                hint=f"ask for at least {shortest} tokens, or simplify the schema",
+                param="max_tokens",
+            )
+        if request.max_tokens is None:
+            limit = min(limit, prompt + max(GRAMMAR_TOKENS, 2 * shortest))
+        return limit
+
     @cached_property
     def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer)
+        return Grammars(self.tokenizer, self.context)
 
     def compile_grammar(self, grammar: Grammar) -> Constraint:
-        """Compile a grammar (kept, so that `add` finds it ready). A complex one takes up to a second.
+        """Compile a grammar (kept, so that `add` finds it ready). A complex one takes some seconds.
 
         Raises:
             BadGrammar: it cannot be compiled.
@@ -442,7 +498,7 @@ class Engine:
         Soon is: who finds a place in the batch, and others in the queue as far as their layers fit the cache beside
         those in use. The rest let go of theirs.
         """
-        wanted = {layer_id for seq in self._scheduler.running for layer_id in seq.layer_ids}
+        wanted = self._running_layers()
         places = max(self._scheduler.places, 1)
         for position, seq in enumerate(self._scheduler.waiting):
             needed = wanted | seq.layer_ids
@@ -485,7 +541,11 @@ class Engine:
 
     def _layers_in_use(self) -> set[str]:
         """The layers of those that run or may start soon."""
-        return self._wanted | {layer_id for seq in self._scheduler.running for layer_id in seq.layer_ids}
+        waiting = {layer_id for seq in self._scheduler.waiting for layer_id in seq.layer_ids}
+        return self._running_layers() | (self._wanted & waiting)
+
+    def _running_layers(self) -> set[str]:
+        return {layer_id for seq in self._scheduler.running for layer_id in seq.layer_ids}
 
     # Inspection
 

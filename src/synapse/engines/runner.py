@@ -7,21 +7,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
-
-import structlog
 
 from synapse.callosum.publish.publishing import publish
 from synapse.engines.engine import Counters, Engine
 from synapse.engines.events import EngineFailed
 from synapse.engines.request import Event, Finished, Request
+from synapse.engines.unread import Unread
 from synapse.errors import InternalError, Overloaded, Unavailable
+from synapse.log import Logger
 
 T = TypeVar("T")
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class _Stream:
 
     request: Request
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    unread: Unread = field(default_factory=Unread)
     id: str | None = None
     closed: bool = False
 
@@ -68,6 +70,8 @@ class EngineRunner:
         self._wake = threading.Condition()
         self._closing = False
         engine.layers.on_fetched = self._layer_is_there
+        # One at a time, beside everything else that waits for a thread: schemas of strangers take seconds.
+        self._compiler = ThreadPoolExecutor(1, "synapse-grammar")
         self._thread = threading.Thread(target=self._run, name="synapse-engine", daemon=True)
         self._thread.start()
 
@@ -76,6 +80,7 @@ class EngineRunner:
         with self._wake:
             self._closing = True
             self._wake.notify()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
@@ -87,6 +92,7 @@ class EngineRunner:
             Overloaded: as many requests as allowed are active already.
             InvalidInput: the request makes no sense (`ContextOverflow`, `BadGrammar`, … ; see `Engine.add`).
             InternalError: the engine failed; only the requests that were active are lost.
+            SlowReader: too much of the answer waits to be read; the engine has given it up.
         """
         if self._active >= self._max_active:
             raise Overloaded(
@@ -97,13 +103,12 @@ class EngineRunner:
         stream = _Stream(request, asyncio.get_running_loop())
         try:
             if request.grammar is not None:
-                await asyncio.to_thread(self.engine.compile_grammar, request.grammar)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._compiler, self.engine.compile_grammar, request.grammar)
             if not self._post(lambda: self._start(stream)):
                 raise _stopped()
             while True:
-                event = await stream.events.get()
-                if isinstance(event, Exception):
-                    raise event
+                event = await stream.unread.get()
                 if isinstance(event, Finished) and event.error is not None:
                     raise event.error
                 yield event
@@ -163,6 +168,12 @@ class EngineRunner:
             self._wake.notify()
             return True
 
+    def _hand_over(self, found: list[tuple[_Stream, Event]]) -> None:
+        """Give each reader its event, in the readers' loop."""
+        for stream, event in found:
+            if not stream.unread.put(event) and not stream.closed:
+                self._post(partial(self._stop, stream))
+
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
@@ -205,12 +216,16 @@ class EngineRunner:
             failure.__cause__ = error
             self._fail_all(failure)
             return
+        # All events of a step cross over together: each crossing wakes a loop, which then wants the interpreter lock.
+        crossing: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Event]]] = {}
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is not None:
-                _deliver(stream, event)
+                crossing.setdefault(stream.loop, []).append((stream, event))
                 if isinstance(event, Finished):
                     del self._streams[event.request_id]
+        for loop, found in crossing.items():
+            _tell(loop, partial(self._hand_over, found))
 
     def _start(self, stream: _Stream) -> None:
         if stream.closed:
@@ -238,7 +253,7 @@ def _stopped() -> Unavailable:
 
 
 def _deliver(stream: _Stream, event: Event | Exception) -> None:
-    _tell(stream.loop, lambda: stream.events.put_nowait(event))
+    _tell(stream.loop, lambda: stream.unread.put(event))
 
 
 def _tell(loop: asyncio.AbstractEventLoop, tell: Callable[[], object]) -> None:

@@ -64,10 +64,10 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._bias_tokens = np.fromiter(sampling.logit_bias.keys(), np.intp, len(sampling.logit_bias))
         self._bias_values = np.fromiter(sampling.logit_bias.values(), np.float32, len(sampling.logit_bias))
-        self._penalised = bool(
+        self.penalised = bool(
             sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
         )
-        if self._penalised:
+        if self.penalised:
             self._seen = np.zeros(vocab, np.bool_)
             self._seen[np.asarray(prompt, np.intp)] = True
             self._counts = np.zeros(vocab, np.float32)
@@ -84,7 +84,7 @@ class Sampler:
                 when the settings keep no more than k.
         """
         s = self._sampling
-        if best is not None and allowed is None and not self._penalised and not len(self._bias_tokens):
+        if best is not None and allowed is None and not self.penalised and not len(self._bias_tokens):
             kept = 1 if s.temperature == 0 else s.top_k
             if 0 < kept <= len(best[0]):
                 order = np.argsort(best[0][:kept])
@@ -96,7 +96,7 @@ class Sampler:
 
     def note(self, token: int) -> None:
         """Remember a token of the answer, for the penalties."""
-        if self._penalised:
+        if self.penalised:
             self._seen[token] = True
             self._counts[token] += 1
 
@@ -105,7 +105,7 @@ class Sampler:
         if len(self._bias_tokens):
             logits = logits.copy()
             logits[self._bias_tokens] += self._bias_values
-        if self._penalised:
+        if self.penalised:
             penalty = np.float32(s.repetition_penalty)
             repeated = np.where(logits > 0, logits / penalty, logits * penalty)
             logits = np.where(self._seen, repeated, logits)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from synapse.callosum.message import Tract
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool, Digest, common_length, next_digest, root_digest
 from synapse.engines.grammar import Constraint
+from synapse.engines.lookup import PromptLookup
 from synapse.engines.reference.lora import Stack
 from synapse.engines.request import HIGHEST_PRIORITY, FinishReason, Request
 from synapse.engines.sampling import Sampler
@@ -52,6 +53,7 @@ class Sequence:
         self.block_table: list[int] = []
         self._digests: list[Digest] = [root_digest(request.layers)]
         self.sampler = Sampler(request.sampling, request.prompt, vocab)
+        self.lookup = PromptLookup()
         self.text = TextStream(request.stop)
         self.finish: FinishReason | None = None
         self.external = request.tract is Tract.EXTERNAL
@@ -80,7 +82,7 @@ class Sequence:
     @property
     def missing_blocks(self) -> int:
         """Blocks that it has yet to take before all of its tokens are computed."""
-        return -(-len(self.tokens) // BLOCK_TOKENS) - len(self.block_table)
+        return max(0, -(-len(self.tokens) // BLOCK_TOKENS) - len(self.block_table))
 
     def table(self) -> NDArray[np.intp]:
         """The block table as an array."""

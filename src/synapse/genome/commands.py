@@ -9,15 +9,16 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from synapse.commands import IN_PROCESS, Argument, Call, Context, LocalPath, command, looks_like_path
-from synapse.errors import InvalidInput, NotFound
+from synapse.errors import InvalidInput
 from synapse.genome.cards import parse_card
 from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference, TraitType, genomes_with
 from synapse.genome.events import publish_genome
 from synapse.genome.notation import NOTATION, parse_layers
 from synapse.genome.registry import LayerRegistry, open_layers
 from synapse.genome.sources import STARTER, STARTERS, is_folder, starter_names
-from synapse.models.adapter import LAYER_FILES
-from synapse.store import Store, build, open_store
+from synapse.genome.views import GenomeInfo, find_genome, genome_info
+from synapse.models.layer_files import LAYER_FILES
+from synapse.store import build, open_store
 
 
 class AddLayer(BaseModel):
@@ -138,25 +139,6 @@ class EditGenome(OneGenome):
     rename: str | None = Field(None, description="its new name")
 
 
-class StackedLayer(BaseModel):
-    """A layer's place in a genome."""
-
-    name: str
-    weight: float
-    trait_type: TraitType
-
-
-class GenomeInfo(BaseModel):
-    """A genome and its layers, the first one applied first."""
-
-    id: str
-    name: str | None
-    base_model: str
-    generation: int
-    layers: list[StackedLayer]
-    updated_at: datetime
-
-
 class GenomeRow(BaseModel):
     """A genome in a list, its layers as they are typed."""
 
@@ -245,14 +227,14 @@ async def create_genome(params: CreateGenome, context: Context) -> GenomeInfo:
     }
     genome = await store.create(build(Genome, fields))
     publish_genome("genome.created", genome)
-    return await _genome_info(store, genome)
+    return await genome_info(store, genome)
 
 
 @command("genome/list", permission="read")
 async def list_genomes(params: Nothing, context: Context) -> GenomeList:
     """List the genomes."""
     store = await context.get(open_store)
-    infos = [await _genome_info(store, genome) for genome in await store.list(Genome)]
+    infos = [await genome_info(store, genome) for genome in await store.list(Genome)]
     return GenomeList(items=[_genome_row(info) for info in infos])
 
 
@@ -260,7 +242,7 @@ async def list_genomes(params: Nothing, context: Context) -> GenomeList:
 async def show_genome(params: OneGenome, context: Context) -> GenomeInfo:
     """Show a genome and its layers."""
     store = await context.get(open_store)
-    return await _genome_info(store, await find_genome(store, params.name))
+    return await genome_info(store, await find_genome(store, params.name))
 
 
 @command("genome/edit", permission="manage")
@@ -277,7 +259,7 @@ async def edit_genome(params: EditGenome, context: Context) -> GenomeInfo:
         raise InvalidInput("there is nothing to change", hint="give --layers or --rename")
     genome = await store.update(Genome, genome.id, changes)
     publish_genome("genome.changed", genome)
-    return await _genome_info(store, genome)
+    return await genome_info(store, genome)
 
 
 @command("genome/delete", permission="manage")
@@ -285,22 +267,10 @@ async def delete_genome(params: OneGenome, context: Context) -> GenomeInfo:
     """Delete a genome; refused while a persona has it. Its layers stay."""
     store = await context.get(open_store)
     genome = await find_genome(store, params.name)
-    info = await _genome_info(store, genome)
+    info = await genome_info(store, genome)
     await store.delete(Genome, genome.id)
     publish_genome("genome.deleted", genome)
     return info
-
-
-async def find_genome(store: Store, name: str) -> Genome:
-    """The genome of this name or id.
-
-    Raises:
-        NotFound: there is none.
-    """
-    found = await store.find(Genome, name=name) or await store.find(Genome, id=name)
-    if found is None:
-        raise NotFound(f"there is no genome {name!r:.70}", hint="`synapse genome list` shows those there are")
-    return found
 
 
 async def _find_layers(registry: LayerRegistry, text: str) -> list[tuple[GenomeLayer, float]]:
@@ -348,22 +318,3 @@ def _starter(name: str) -> StarterRow:
 def _genome_row(info: GenomeInfo) -> GenomeRow:
     layers = [layer.name if layer.weight == 1 else f"{layer.name}:{layer.weight:g}" for layer in info.layers]
     return GenomeRow(id=info.id, name=info.name, base_model=info.base_model, layers=layers, updated_at=info.updated_at)
-
-
-async def _genome_info(store: Store, genome: Genome) -> GenomeInfo:
-    stacked = [
-        StackedLayer(
-            name=(await store.get(GenomeLayer, reference.layer_id)).name,
-            weight=reference.weight,
-            trait_type=reference.trait_type,
-        )
-        for reference in sorted(genome.layers, key=lambda reference: reference.order_index)
-    ]
-    return GenomeInfo(
-        id=genome.id,
-        name=genome.name,
-        base_model=genome.base_model,
-        generation=genome.metadata.generation,
-        layers=stacked,
-        updated_at=genome.updated_at,
-    )

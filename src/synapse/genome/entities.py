@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 
 from synapse.errors import InvalidInput
 from synapse.store import Entity, InUse, Store, Value, entity
+from synapse.store.entity import kind_of
 
 FORBIDDEN_IN_NAMES = re.compile(r"[:,/\\\x00-\x1f\x7f]")
 
@@ -78,11 +79,10 @@ class GenomeLayer(Entity):
         """Raises InUse, naming the genomes that have this layer."""
         users = await genomes_with(store, self)
         if users:
-            names = [genome.name or genome.id for genome in users]
+            names = [await genome_label(store, genome) for genome in users]
             raise InUse(
-                f"the layer {self.name} is part of {'the genome' if len(names) == 1 else 'the genomes'} "
-                f"{', '.join(names)}",
-                hint="take it out of them first: synapse genome edit NAME --layers …",
+                f"the layer {self.name} is part of {', '.join(names)}",
+                hint="take it out first: synapse genome edit NAME --layers …, or synapse persona edit NAME --layers …",
                 used_by=names,
             )
 
@@ -118,7 +118,7 @@ class Genome(Entity):
         for what in ("order_index", "layer_id"):
             (twice, times), *_ = Counter(getattr(layer, what) for layer in self.layers).most_common(1) or [(None, 0)]
             if times > 1:
-                raise InvalidInput(f"Genome.layers: two layers have the {what} {twice!r}", field=f"layers.{what}")
+                raise InvalidInput(await _said_twice(store, what, twice), field=f"layers.{what}")
         for reference in self.layers:
             layer = await store.find(GenomeLayer, id=reference.layer_id)
             if layer is None:
@@ -133,6 +133,22 @@ class Genome(Entity):
                     hint="layers only fit the base model they were trained on",
                     field="layers",
                 )
+
+
+async def _said_twice(store: Store, what: str, twice: object) -> str:
+    """What is wrong with two layers in one place, or one layer in two."""
+    if what == "order_index":
+        return f"two layers of a genome cannot both have the place {twice} (order_index)"
+    layer = await store.find(GenomeLayer, id=twice)
+    return f"the layer {layer.name if layer else twice} is in the genome twice; name it once, with one weight"
+
+
+async def genome_label(store: Store, genome: Genome) -> str:
+    """What a person calls a genome: its name, or whose it is."""
+    if genome.name is not None:
+        return f"the genome {genome.name}"
+    wearer = await store.find(kind_of("Persona"), genome_id=genome.id)
+    return f"the genome of the persona {getattr(wearer, 'name', '')}" if wearer else f"the genome {genome.id}"
 
 
 async def genomes_with(store: Store, layer: GenomeLayer) -> list[Genome]:

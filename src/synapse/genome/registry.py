@@ -15,8 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-
-from filelock import AsyncFileLock, Timeout
+from typing import TYPE_CHECKING
 
 from synapse.commands import Context, Progress, no_progress
 from synapse.config import PRIVATE_FOLDER
@@ -25,18 +24,12 @@ from synapse.genome.cards import CARD_FILE
 from synapse.genome.entities import GenomeLayer, SharePermission, TraitType
 from synapse.genome.events import publish_layer
 from synapse.genome.sources import DOWNLOADING, LayerFiles, read_source
-from synapse.models.adapter import (
-    CONFIG_FILE,
-    LAYER_FILES,
-    WEIGHTS_FILE,
-    Adapter,
-    check_adapter,
-    content_address,
-    read_layer_files,
-)
-from synapse.models.gguf_file import open_model_file
+from synapse.models.layer_files import CONFIG_FILE, LAYER_FILES, WEIGHTS_FILE, content_address, read_layer_files
 from synapse.models.library import ModelLibrary, open_library
 from synapse.store import Duplicate, Store, build, open_store
+
+if TYPE_CHECKING:
+    from synapse.models.adapter import Adapter
 
 FOLDER = "layers"
 UNFINISHED = ".adding-"
@@ -192,6 +185,8 @@ class LayerRegistry:
     @asynccontextmanager
     async def _locked(self) -> AsyncIterator[None]:
         """One process at a time changes the folder; what a killed one left unfinished is cleared away."""
+        from filelock import AsyncFileLock, Timeout  # noqa: PLC0415 (slow to import, and reading needs no lock)
+
         lock = AsyncFileLock(self._folder / ".lock", timeout=LOCK_SECONDS, mode=PRIVATE_FILE)
         try:
             await lock.acquire()
@@ -266,6 +261,10 @@ def suggested_name(text: str) -> str:
 
 
 def _check(found: LayerFiles, model_path: Path, base: str) -> Adapter:
+    """The checked layer. Nothing else here looks into model files, so only this loads what reads them."""
+    from synapse.models.adapter import check_adapter  # noqa: PLC0415
+    from synapse.models.gguf_file import open_model_file  # noqa: PLC0415
+
     return check_adapter(found.config, found.weights, open_model_file(model_path).config, names=[base])
 
 

@@ -5,16 +5,13 @@ This room knows nobody above it. Whoever starts the process connects `listen` to
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import structlog
+from synapse.log import Logger
 
-# Through the standard library: a program that has not set up any logging finds warnings on its stderr, and nothing on
-# its stdout.
-log: structlog.stdlib.BoundLogger = structlog.wrap_logger(logging.getLogger("synapse.hotpath"))
+log = Logger("synapse.hotpath", through_logging=True)
 
 Kind = Literal[
     "promoted",

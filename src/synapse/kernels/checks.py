@@ -23,6 +23,7 @@ from synapse.kernels.child import Crashed, Lost, Raised, TrialProcess, Unusable
 from synapse.kernels.cpu import cpu, lacking_features
 from synapse.kernels.elf import expected_machine, read_library
 from synapse.kernels.spec import KernelBuild, KernelSpec
+from synapse.kernels.structs import wrong_size
 
 FOLDER = "kernels"
 """The cache's folder in the home."""
@@ -61,6 +62,8 @@ def load_build(spec: KernelSpec, build: KernelBuild, folder: Path | None = None)
     if not _note(spec, _checked_sum(spec, build), folder).exists():
         check_build(spec, build, folder)
     library = ctypes.CDLL(str(build.path.absolute()))
+    if flaw := wrong_size(library, spec.name, spec.structs):  # again: they may differ in the same version of Synapse
+        raise _refused(spec, build.path, flaw)
     if spec.declare is not None:
         spec.declare(library)
     return library
@@ -71,7 +74,8 @@ def check_build(spec: KernelSpec, build: KernelBuild, folder: Path) -> None:
 
     Raises:
         KernelRefused: it was altered or cut short, is for another machine or CPU, lacks a symbol, has another ABI
-            version, or fails its self-test: by a wrong answer, a crash, or not coming back.
+            version or structures of another size, or fails its self-test: by a wrong answer, a crash, or not coming
+            back.
         Unavailable: the process of the self-test could not be started, or was killed.
     """
     digest = _checked_sum(spec, build)
@@ -165,6 +169,8 @@ def _flaw(spec: KernelSpec, path: Path) -> str:
     version = _number(library, f"{spec.name}_abi_version")
     if version != spec.abi_version:
         return f"its ABI version is {version}, and this Synapse needs {spec.abi_version}"
+    if flaw := wrong_size(library, spec.name, spec.structs):
+        return flaw
     features = f"{spec.name}_cpu_features"
     lacking = lacking_features(_number(library, features)) if hasattr(library, features) else ()
     if lacking:

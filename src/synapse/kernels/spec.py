@@ -24,6 +24,8 @@ class KernelSpec:
     library, so it must not be what prepares the library for others: that is `declare`."""
     declare: Callable[[ctypes.CDLL], None] | None = None
     """Tells ctypes the types of arguments and results, each time the library is opened."""
+    structs: tuple[type[ctypes.Structure], ...] = ()
+    """What its functions are handed; the kernel confirms their sizes (`synapse.kernels.structs`)."""
     main: Path | None = None
     """A Mojo source that exports `<name>_main(argc, argv)`, for a kernel that can be a program of its own."""
 

@@ -17,6 +17,15 @@ SIZE = re.compile(r"\d+(?:\.\d+)?[mb]")
 VERSION = re.compile(r"v?(\d+(?:\.\d+)?)")
 # Words that many models share, so that sharing them proves nothing.
 COMMON = frozenset({"a", "base", "chat", "f16", "gguf", "hf", "instruct", "it", "meta", "model", "of", "the"})
+# What people call the results of training, whatever the model: `outputs/checkpoint-500` names none.
+RESULTS = frozenset(
+    {
+        "adapter", "best", "checkpoint", "checkpoints", "ckpt", "current", "dpo", "epoch", "exp", "experiment", "final",
+        "finetune", "finetuned", "global", "last", "latest", "lora", "merged", "models", "my", "new", "out", "output",
+        "outputs", "result", "results", "run", "runs", "saved", "sft", "step", "test", "tmp", "trained", "training",
+    }
+)  # fmt: skip
+NUMBERED = re.compile(r"(?:checkpoint|ckpt|epoch|exp|experiment|run|step|v)?\d+(?:\.\d+)?")
 QUANTISATION = re.compile(r"(?:q\d|k|m|s|l|0|1|bf16|fp16|f32|4bit|8bit|bnb|gptq|awq)")
 
 
@@ -25,11 +34,13 @@ def says_another_model(base: str, names: Iterable[str]) -> bool:
 
     Only the last part of a path or hub id is read. Two names differ when their sizes (135m, 1b) differ, or their
     versions (3, 3.2) differ, or they share no word of the family (smollm2, llama). A path on disk without a size in
-    its last part says nothing, and neither do names of no known word.
+    its last part says nothing, and neither do names of no known word, nor those of results of training.
     """
     known = [words for words in (_words(_last_part(name)) for name in names) if words]
     said = _words(_last_part(base))
-    informative = bool(HUB_ID.fullmatch(base)) or any(SIZE.fullmatch(word) for word in said)
+    a_path = _words(base.partition("/")[0]) <= RESULTS
+    named = any(word not in RESULTS and not NUMBERED.fullmatch(word) for word in said)
+    informative = named and ((bool(HUB_ID.fullmatch(base)) and not a_path) or any(map(SIZE.fullmatch, said)))
     if not known or not said or not informative:
         return False
     return all(_differ(said, words) for words in known)

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from synapse.models.config import LARGEST_DIMENSION
+from synapse.models.encoder_files import (
+    CONFIG_FILE,
+    MODULES_FILE,
+    POOLING_FILE,
+    POOLING_FOLDER,
+    SENTENCE_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 
 Architecture = Literal["bert", "xlm-roberta"]
 Pooling = Literal["mean", "cls"]
-
-CONFIG_FILE = "config.json"
-MODULES_FILE = "modules.json"
-SENTENCE_FILE = "sentence_bert_config.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-POOLING_FOLDER = "1_Pooling"
-POOLING_FILE = f"{POOLING_FOLDER}/{CONFIG_FILE}"
 
 MAX_JSON_BYTES = 2**20
 MOST_BLOCKS = 1024

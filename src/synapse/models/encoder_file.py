@@ -17,29 +17,16 @@ from synapse.errors import NotFound
 from synapse.kernels.mapped_file import MappedFile
 from synapse.models.adapter_errors import LayerCorrupt, LayerRefused
 from synapse.models.encoder_config import (
-    CONFIG_FILE,
-    MODULES_FILE,
-    POOLING_FILE,
-    SENTENCE_FILE,
-    TOKENIZER_CONFIG_FILE,
     EncoderConfig,
     read_encoder_config,
 )
+from synapse.models.encoder_files import WEIGHTS_FILE
 from synapse.models.encoder_tokenizer import (
-    TOKENIZER_FILE,
-    VOCABULARY_FILE,
     EncoderTokenizer,
     load_encoder_tokenizer,
 )
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.safetensors_file import ITEM_BYTES, TensorSlot, read_header, read_tensor
-
-WEIGHTS_FILE = "model.safetensors"
-REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-OPTIONAL_FILES = (
-    TOKENIZER_FILE, VOCABULARY_FILE, TOKENIZER_CONFIG_FILE, MODULES_FILE, SENTENCE_FILE, POOLING_FILE,
-)  # fmt: skip
-"""What else is read where it is there; one of the first two has to be."""
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 PREFIXES = ("", "bert.", "roberta.")

@@ -19,11 +19,10 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from synapse.models.encoder_config import TOKENIZER_CONFIG_FILE, EncoderConfig, read_json, read_json_object
+from synapse.models.encoder_config import EncoderConfig, read_json, read_json_object
+from synapse.models.encoder_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 
-TOKENIZER_FILE = "tokenizer.json"
-VOCABULARY_FILE = "vocab.txt"
 MAX_TOKENIZER_BYTES = 128 * 2**20
 MOST_FRAMING_TOKENS = 4
 """Tokens that begin and end a text."""

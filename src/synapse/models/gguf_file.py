@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, ReaderField
@@ -67,7 +67,7 @@ class _Reader(GGUFReader):
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> NDArray[Any]:
         if self.guarded is None:  # the first thing that is read: the original has just mapped the file
-            self.guarded = guard(self.data._mmap)
+            self.guarded = guard(cast(Any, self.data)._mmap)
         size, count = np.dtype(dtype).itemsize, int(count)
         if not 0 <= count * size <= len(self.data) - offset:
             raise ModelFileCorrupt(f"the file ends in the middle of something that starts at byte {int(offset)}")

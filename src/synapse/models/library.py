@@ -14,29 +14,23 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from synapse.callosum.publish.publishing import publish
 from synapse.commands import Context, Progress, no_progress
 from synapse.errors import Conflict, NotFound, SynapseError, Unavailable
-from synapse.models.encoder_file import open_encoder_file
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.events import ModelPulled, ModelRemoved
-from synapse.models.gguf_file import open_model_file
 from synapse.models.manifest import (
     MANIFESTS,
     Manifest,
-    ManifestFile,
-    Source,
     check_model_name,
     name_of,
     parse_source,
 )
-from synapse.models.record import RECORD, FileRecord, LibraryModel, Record
-from synapse.models.sources import fetch
-from synapse.models.transfer import Cancelled, DiskFull, Transfer, check_file, disk_errors, flush, sha256_of
-from synapse.models.wanted import same_model, shown_source, wanted_from
+from synapse.models.record import RECORD, LibraryModel, Record
+from synapse.models.transfer import Cancelled, DiskFull, Transfer, disk_errors
+from synapse.models.wanted import same_model, wanted_from
 
 SECONDS_BETWEEN_TRIES = 0.2
 
@@ -215,6 +209,8 @@ class ModelLibrary:
         return wanted_from(place, name, self._manifests.get(name))
 
     def _pull(self, manifest: Manifest, transfer: Transfer) -> LibraryModel:
+        from synapse.models.installing import install  # noqa: PLC0415 (reading models takes numpy and tokenizers)
+
         started = time.perf_counter()
         with disk_errors(self._folder), self._lock(manifest.name, transfer):
             try:
@@ -226,7 +222,7 @@ class ModelLibrary:
             work = self._partial(manifest.name)
             try:
                 work.mkdir(parents=True, exist_ok=True)
-                model = self._install(manifest, work, transfer)
+                model = install(manifest, work, self._folder / manifest.name, transfer)
             except BaseException as error:
                 # What an unreachable source or a stopped pull leaves is the beginning of the next attempt.
                 if not isinstance(error, Unavailable | Cancelled) or isinstance(error, DiskFull):
@@ -235,38 +231,6 @@ class ModelLibrary:
             shutil.rmtree(work)
             publish("model.pulled", _pulled(model, time.perf_counter() - started))
             return model
-
-    def _install(self, manifest: Manifest, work: Path, transfer: Transfer) -> LibraryModel:
-        ready, target = work / "ready", self._folder / manifest.name
-        for left_over in (ready, work / "damaged"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        ready.mkdir()
-        records, sources = [], {}
-        for file in manifest.files:
-            fetched = _fetch_checked(manifest, file, work, transfer)
-            if fetched is None:
-                continue
-            path, sources[file.name] = fetched
-            sha256 = file.sha256 or sha256_of(path, transfer)
-            records.append(FileRecord(name=file.name, sha256=sha256, size=path.stat().st_size))
-            (ready / file.name).parent.mkdir(exist_ok=True)
-            path.replace(ready / file.name)
-        description, licence = _open(manifest, ready)
-        record = Record(
-            name=manifest.name,
-            description=(manifest.description or description)[:200],
-            licence=(manifest.licence or licence)[:100],
-            source=shown_source(manifest.kind, sources),
-            files=records,
-            kind=manifest.kind,
-        )
-        with (ready / RECORD).open("wb") as out:
-            out.write(record.model_dump_json(indent=2).encode())
-            flush(out)
-        if target.exists():
-            target.replace(work / "damaged")
-        ready.replace(target)
-        return LibraryModel.of(record, target)
 
     def _find(self, name: str) -> LibraryModel | None:
         folder = self._folder / name
@@ -292,6 +256,8 @@ class ModelLibrary:
     @contextmanager
     def _lock(self, name: str, transfer: Transfer | None) -> Iterator[None]:
         """Only one process and thread at a time changes a model; others wait."""
+        from filelock import FileLock, Timeout  # noqa: PLC0415 (slow to import, and reading needs no lock)
+
         path = self._folder / ".locks" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
@@ -309,51 +275,6 @@ def _pulled(model: LibraryModel, seconds: float) -> ModelPulled:
     return ModelPulled(
         name=model.name, kind=model.kind, source=model.source, size_bytes=model.size_bytes, seconds=seconds
     )
-
-
-def _open(manifest: Manifest, folder: Path) -> tuple[str, str]:
-    """Check that an engine can run what has arrived; the description and licence that it gives itself.
-
-    Raises:
-        ModelFileCorrupt, UnsupportedModel: none can.
-    """
-    if manifest.kind == "encoder":
-        config = open_encoder_file(folder, manifest.name).config
-        return f"a {config.architecture} encoder with {config.hidden} dimensions", "unknown"
-    opened = open_model_file(folder / manifest.files[0].name)
-    return opened.config.name, str(opened.metadata.get("general.license", "unknown"))
-
-
-def _fetch_checked(
-    manifest: Manifest, file: ManifestFile, work: Path, transfer: Transfer
-) -> tuple[Path, Source] | None:
-    """The file from the first source that has it, with the sha256 that the manifest demands.
-
-    None when no source has it and it is optional.
-    """
-    failures: list[SynapseError] = []
-    for source in file.sources:
-        try:
-            path = fetch(source, work, transfer)
-            if file.sha256:
-                check_file(path, f"{file.name} from {source}", file.size, file.sha256, transfer)
-        except DiskFull:
-            raise
-        except SynapseError as error:
-            failures.append(error)
-        else:
-            return path, source
-    last = failures[-1]
-    if isinstance(last, NotFound) and file.optional:
-        return None
-    if isinstance(last, Unavailable) and file.sha256:
-        what = "a folder with its files" if manifest.kind == "encoder" else file.name
-        place = "folder" if manifest.kind == "encoder" else file.name
-        last.hint = (
-            f"{last.hint}; or fetch {what} on another machine and run"
-            f" `synapse model pull /path/to/{place} --name {manifest.name}`"
-        )
-    raise last
 
 
 @asynccontextmanager

@@ -150,10 +150,10 @@ def read_tensor(data: bytes | mmap, slot: TensorSlot) -> NDArray[np.float32]:
 
 
 def read_stored(data: bytes | mmap, slot: TensorSlot) -> NDArray[np.float32] | NDArray[np.float16]:
-    """As `read_tensor`, but float16 stays float16."""
+    """As `read_tensor`, but float16 stays float16, and where it is in `data` if its numbers are aligned there."""
     raw = memoryview(data)[slot.begin : slot.end]
     if slot.dtype == "F16":
-        return np.frombuffer(raw, dtype="<f2").astype(np.float16).reshape(slot.shape)
+        return np.frombuffer(raw, dtype="<f2").astype(np.float16, copy=slot.begin % 2 != 0).reshape(slot.shape)
     if slot.dtype == "F32":
         values = np.frombuffer(raw, dtype="<f4").astype(np.float32)
     else:  # a bfloat16 is the upper half of a float32

@@ -23,7 +23,9 @@ from synapse.models.pre_tokenizers import PRE_TOKENIZERS, byte_of_character
 END_OF_TURN = frozenset(
     ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
 )
-"""Control tokens that end an answer, whether or not the file says so."""
+"""Control tokens that end an answer, whether or not the file says so, and whatever type it gives them."""
+CONTROL_SHAPE = re.compile(r"<[|\uff5c].+[|\uff5c]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<<?/?SYS>>?")
+"""How tokens look that set turns apart: one of these that the chat template writes is a control token as well."""
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -57,6 +59,7 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         *,
         pieces: Sequence[bytes],
+        first_ids: Mapping[int, int],
         special_tokens: Mapping[str, int],
         bos_id: int | None,
         eos_ids: frozenset[int],
@@ -64,6 +67,7 @@ class Tokenizer:
     ) -> None:
         self._backend = backend
         self._pieces = pieces
+        self._first_ids = first_ids
         self._special_ids = frozenset(special_tokens.values())
         self._lock = threading.Lock()
         self.vocab_size = len(pieces)
@@ -99,7 +103,8 @@ class Tokenizer:
         """
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise InvalidInput(f"token ids must be between 0 and {self.vocab_size - 1}")
-        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        known = [self._first_ids.get(token, token) for token in ids]
+        text: str = self._backend.decode(known, skip_special_tokens=False)
         return text
 
     def token_bytes(self, token: int) -> bytes:
@@ -149,6 +154,7 @@ def load_tokenizer(file: ModelFile) -> Tokenizer:
     return Tokenizer(
         backend,
         pieces=pieces,
+        first_ids=vocabulary.first_ids,
         special_tokens={text: vocabulary.ids[text] for text in vocabulary.control},
         bos_id=bos_id,
         eos_ids=vocabulary.end_ids(),
@@ -177,9 +183,11 @@ class _Vocabulary:
     def __init__(self, metadata: Mapping[str, object]) -> None:
         self._metadata = metadata
         tokens = self._strings("tokens")
-        self.ids = {text: i for i, text in enumerate(tokens)}
-        if len(self.ids) != len(tokens) or "" in self.ids:
-            raise ModelFileCorrupt("the tokenizer has the same token twice, or an empty one")
+        # Some official files have an entry twice, or empty ones: the first id is the one that text becomes.
+        self.ids = {text: i for i, text in reversed([*enumerate(tokens)]) if text}
+        if not self.ids:
+            raise ModelFileCorrupt("all tokens of the tokenizer are empty")
+        self.first_ids = {i: self.ids[text] for i, text in enumerate(tokens) if text and self.ids[text] != i}
         kinds = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
         if not isinstance(kinds, list) or len(kinds) != len(tokens):
             raise ModelFileCorrupt("the tokenizer must have one token type for each token")
@@ -187,9 +195,16 @@ class _Vocabulary:
         self._tokens = tokens
         # Whatever its type says, a token that begins or ends texts is not something a user can write.
         marks = {tokens[i] for i in map(self.id_of, ("bos", "eos", "eot")) if i is not None}
-        self.control = [t for t, k in self.typed() if k in (TokenType.CONTROL, TokenType.UNKNOWN) or t in marks]
+        marks |= END_OF_TURN
+        template = metadata.get("tokenizer.chat_template")
+        if isinstance(template, str):
+            marks |= {text for text in self.ids if CONTROL_SHAPE.fullmatch(text) and text in template}
+        kinds_of_control = (TokenType.CONTROL, TokenType.UNKNOWN)
+        control_texts = dict.fromkeys(t for t, k in self.typed() if t and (k in kinds_of_control or t in marks))
+        self.control = [*control_texts]
         control = set(self.control)
-        self.user_defined = [t for t, k in self.typed() if k == TokenType.USER_DEFINED and t not in control]
+        added = (t for t, k in self.typed() if t and k == TokenType.USER_DEFINED and t not in control)
+        self.user_defined = [*dict.fromkeys(added)]
 
     def _strings(self, key: str) -> list[str]:
         values = self._metadata.get(f"tokenizer.ggml.{key}")
@@ -242,8 +257,8 @@ class _Vocabulary:
             raise ModelFileCorrupt("the tokens are too long to be words")
         whole = {t for t, k in self.typed() if k in (TokenType.NORMAL, TokenType.UNUSED)} - set(self.control)
         merges: list[tuple[float, int, int, str, str]] = []
-        for text, score in zip(self._tokens, scores, strict=True):
-            if text not in whole:
+        for i, (text, score) in enumerate(zip(self._tokens, scores, strict=True)):
+            if text not in whole or self.ids.get(text) != i:
                 continue
             cuts = ((text[:i], text[i:]) for i in range(1, len(text)))
             pairs = [pair for pair in cuts if pair[0] in self.ids and pair[1] in self.ids]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from synapse.errors import Conflict
-from synapse.models.encoder_file import OPTIONAL_FILES, REQUIRED_FILES
+from synapse.models.encoder_files import OPTIONAL_FILES, REQUIRED_FILES
 from synapse.models.manifest import HubFolder, LocalFile, LocalFolder, Manifest, ManifestFile, ModelKind, Place, Source
 from synapse.models.record import FileRecord, LibraryModel
 from synapse.models.transfer import sha256_of

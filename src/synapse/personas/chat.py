@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from synapse.callosum.message import Tract
 from synapse.commands import Context
 from synapse.engines import (
     Delta,
@@ -93,6 +94,7 @@ class TurnOptions:
         trim: leave the oldest turns out when the history is too long, instead of refusing it.
         stack: the layers' folders and weights to use in place of the persona's genome.
         conversation: the id of the conversation it is part of, for what is published about it.
+        tract: internal when nobody waits for the answer; it gives way to those that somebody waits for.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -103,6 +105,7 @@ class TurnOptions:
     trim: bool = True
     stack: tuple[tuple[Path, float], ...] | None = None
     conversation: str | None = None
+    tract: Tract = Tract.EXTERNAL
 
 
 async def prepare_turn(
@@ -160,6 +163,7 @@ async def _prepared(
         stop=options.stop,
         logprobs=options.logprobs,
         grammar=options.grammar,
+        tract=options.tract,
     )
     return Turn(runner, request, news, left_out)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from synapse.commands import Argument, Context, LocalPath, command, looks_like_path
 from synapse.errors import Conflict, InvalidInput
-from synapse.genome.commands import GenomeInfo, OneGenome, find_genome, show_genome
 from synapse.genome.entities import Genome
 from synapse.genome.events import publish_genome
 from synapse.genome.notation import NOTATION, parse_layers
+from synapse.genome.views import GenomeInfo, find_genome, genome_info
 from synapse.models.library import open_library
-from synapse.personas import conversation_commands
-from synapse.personas.entities import MAX_PROMPT_LENGTH, PERSONA_NAME, Conversation, Persona
+from synapse.personas import conversation_commands, entities
+from synapse.personas.entities import MAX_PROMPT_LENGTH, Conversation, Persona
 from synapse.personas.events import publish_persona
 from synapse.personas.layers import genome_text, make_genome
 from synapse.personas.lookup import find_persona
@@ -37,7 +37,11 @@ class PersonaChoices(BaseModel):
         None, max_length=MAX_PROMPT_LENGTH, description="what it is told before it answers"
     )
     model: Annotated[str | None, LocalPath(looks_like_path)] = Field(
-        None, min_length=1, max_length=256, description="name of the base model"
+        None,
+        min_length=1,
+        max_length=256,
+        validation_alias=AliasChoices("model", "base_model"),
+        description="name of the base model",
     )
     genome: str | None = Field(None, description="name or id of the genome it wears")
     layers: str | None = Field(None, description=f"its layers: {NOTATION}")
@@ -46,14 +50,14 @@ class PersonaChoices(BaseModel):
 class CreatePersona(SamplingChoices, PersonaChoices):
     """A new persona."""
 
-    name: Annotated[str, Argument()] = Field(pattern=PERSONA_NAME, description="lower case letters, digits, . _ -")
+    name: Annotated[entities.PersonaName, Argument()] = Field(description="lower case letters, digits, . _ -")
 
 
 class EditPersona(SamplingChoices, PersonaChoices):
     """What to change; what is left out stays."""
 
     name: Name
-    rename: str | None = Field(None, pattern=PERSONA_NAME, description="its new name")
+    rename: entities.PersonaName | None = Field(None, description="its new name")
 
 
 class PersonaName(BaseModel):
@@ -246,7 +250,10 @@ async def get_genome(params: PersonaName, context: Context) -> PersonaGenome:
 
 
 async def _wears(context: Context, persona: Persona) -> PersonaGenome:
-    genome = await show_genome(OneGenome(name=persona.genome_id), context) if persona.genome_id else None
+    genome = None
+    if persona.genome_id:
+        store = await context.get(open_store)
+        genome = await genome_info(store, await find_genome(store, persona.genome_id))
     return PersonaGenome(persona=persona.name, genome=genome)
 
 

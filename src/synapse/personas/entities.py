@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+import unicodedata
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from synapse.personas.sampling import SamplingDefaults
 from synapse.store import Entity, Reference, entity
 
 PERSONA_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+LONGEST_NAME = 64
 MAX_PROMPT_LENGTH = 2**16
 MAX_MESSAGE_LENGTH = 2**20
 
 Role = Literal["user", "assistant"]
 
 
+def suggested_name(text: str) -> str:
+    """The nearest name that a persona can have; empty when nothing of the text can be in one."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", plain).strip("-._")[:LONGEST_NAME]
+
+
+def check_persona_name(name: str) -> str:
+    """The name itself. A ValueError says in words what a name is made of, and suggests one."""
+    if re.fullmatch(PERSONA_NAME, name):
+        return name
+    rule = f"a name is up to {LONGEST_NAME} lower case letters, digits and . _ -, the first a letter or digit"
+    near = suggested_name(name)
+    raise ValueError(f"{rule}; how about {near}?" if near else rule)
+
+
+PersonaName = Annotated[str, AfterValidator(check_persona_name), Field(json_schema_extra={"pattern": PERSONA_NAME})]
+
+
 @entity("Persona", unique=("name",), references={"genome_id": Reference("Genome")})
 class Persona(Entity):
     """A base model with a genome, a character and habits."""
 
-    name: str = Field(pattern=PERSONA_NAME, description="lower case; what chats and the API call it")
+    name: PersonaName = Field(description="lower case; what chats and the API call it")
     description: str = Field("", max_length=500, description="who it is, in a sentence")
     system_prompt: str = Field("", max_length=MAX_PROMPT_LENGTH, description="what it is told before it answers")
     base_model: str = Field(min_length=1, max_length=256, description="name of the base model")

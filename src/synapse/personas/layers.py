@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from synapse.callosum.kept import open_kept
 from synapse.commands import Context
 from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference
 from synapse.genome.registry import open_layers
@@ -20,12 +21,16 @@ async def persona_stack(context: Context, persona: Persona) -> tuple[tuple[Path,
         NotFound: the genome or one of its layers is gone.
         InvalidInput, Corrupt: a layer has no files, or they are damaged.
     """
-    if persona.genome_id is None:
+    genome_id = persona.genome_id
+    if genome_id is None:
         return ()
-    store = await context.get(open_store)
-    genome = await store.get(Genome, persona.genome_id)
-    pairs = await stack(store, await context.get(open_layers), genome)
-    return tuple((path, weight) for path, weight in pairs if weight)
+
+    async def read() -> tuple[tuple[Path, float], ...]:
+        store = await context.get(open_store)
+        pairs = await stack(store, await context.get(open_layers), await store.get(Genome, genome_id))
+        return tuple((path, weight) for path, weight in pairs if weight)
+
+    return await (await context.get(open_kept)).get(("stack", genome_id), read)
 
 
 async def make_genome(context: Context, persona: Persona, layers: Sequence[tuple[str, float]]) -> Genome:

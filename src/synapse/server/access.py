@@ -11,8 +11,7 @@ from starlette.requests import Request
 
 from synapse.commands import require
 from synapse.server.errors import BadKey, NotLocal
-from synapse.server.keys import KeyPermission, any_key_exists, find_key, note_use
-from synapse.store import Store
+from synapse.server.keys import KeyPermission, Keys
 
 Needs = Literal["chat", "read", "manage", "any"]
 
@@ -39,7 +38,7 @@ class Caller:
             require(self.permissions, needs, self.key)
 
 
-async def authorize(request: Request, store: Store, needs: Needs) -> Caller:
+async def authorize(request: Request, keys: Keys, needs: Needs) -> Caller:
     """Who sent this request, if they may do what needs this permission.
 
     Raises:
@@ -48,18 +47,18 @@ async def authorize(request: Request, store: Store, needs: Needs) -> Caller:
             site's web page.
         LacksPermission: the key does not hold the permission.
     """
-    if not await any_key_exists(store):
+    if not await keys.any():
         check_local(request)
         return Caller(None, frozenset(ALL))
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not secret.strip():
         raise BadKey("no API key was sent", hint=f"send the header Authorization: Bearer KEY; {MAKE_A_KEY}")
-    key = await find_key(store, secret.strip())
+    key = await keys.find(secret.strip())
     if key is None:
         raise BadKey("the API key is unknown or was revoked", hint=MAKE_A_KEY)
     caller = Caller(key.name, frozenset(key.permissions))
     caller.require(needs)
-    await note_use(store, key)
+    await keys.note_use(key)
     return caller
 
 

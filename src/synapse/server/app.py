@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
 from fastapi import FastAPI, Request
@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 import synapse
 from synapse.callosum.bus.opening import open_bus, open_observer
+from synapse.callosum.kept import open_kept
 from synapse.callosum.message import Message
 from synapse.callosum.publish.publishing import publish
 from synapse.callosum.publish.recording import recording
@@ -27,6 +28,7 @@ from synapse.server import embeddings, event_routes, health, metrics, openai_rou
 from synapse.server.command_routes import command_routes
 from synapse.server.errors import WrongMethod, error_response, from_validation
 from synapse.server.events import ServerStarted, ServerStopped
+from synapse.server.head import HeadAsGet
 from synapse.server.limits import Slots
 from synapse.server.request_log import RequestLog
 from synapse.server.routing import ServerState
@@ -57,6 +59,7 @@ def create_app(context: Context, *, body_timeout: float = 30.0) -> FastAPI:
     app.include_router(embeddings.router)
     app.include_router(event_routes.router)
     app.include_router(command_routes())
+    app.add_middleware(HeadAsGet)
     app.add_middleware(RequestLog)
     app.exception_handler(SynapseError)(_known_error)
     app.exception_handler(RequestValidationError)(_wrong_body)
@@ -73,9 +76,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     async def deliver(messages: Sequence[Message]) -> None:
         await (await state.context.get(open_bus)).publish_many(messages)
 
-    async with recording(state.context, deliver):
+    async with recording(state.context, deliver), AsyncExitStack() as listening:
         publish("server.started", ServerStarted(version=synapse.__version__, process=process))
         tasks = [asyncio.create_task(work(state)) for work in (load_default_model, observe)]
+        tasks.append(asyncio.create_task(keep(state, listening)))
         try:
             yield
         finally:
@@ -92,6 +96,15 @@ async def observe(state: ServerState) -> None:
         await state.context.get(open_observer)
     except SynapseError as error:
         log.warning("events are not observed", reason=error.message, hint=error.hint)
+
+
+async def keep(state: ServerState, listening: AsyncExitStack) -> None:
+    """Keep what each request reads of the store. Without a log nothing tells of changes, so nothing is kept."""
+    try:
+        kept = await state.context.get(open_kept)
+        listening.callback(await kept.listen(state.context))
+    except SynapseError as error:
+        log.warning("what requests read of the store is not kept", reason=error.message, hint=error.hint)
 
 
 async def load_default_model(state: ServerState) -> None:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from synapse.callosum.kept import open_kept
 from synapse.commands import Context
 from synapse.models.library import open_library
 from synapse.models.manifest import ModelKind
@@ -83,13 +84,16 @@ async def find_served(context: Context, name: str) -> Served:
     Raises:
         UnknownModel: there is neither.
     """
-    store = await context.get(open_store)
-    persona = await store.find(Persona, name=name)
-    if persona is not None:
-        return Served(name, persona, True)
-    if name in await _pulled(context, "chat"):
-        return _base(name)
-    raise UnknownModel(f"there is no model {name[:200]!r}", hint="GET /v1/models lists them", param="model")
+
+    async def read() -> Served:
+        persona = await (await context.get(open_store)).find(Persona, name=name)
+        if persona is not None:
+            return Served(name, persona, True)
+        if name in await _pulled(context, "chat"):
+            return _base(name)
+        raise UnknownModel(f"there is no model {name[:200]!r}", hint="GET /v1/models lists them", param="model")
+
+    return await (await context.get(open_kept)).get(("served", name), read)
 
 
 async def _pulled(context: Context, kind: ModelKind) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from datetime import datetime
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from synapse.commands import Argument, Context, command
 from synapse.errors import Conflict, NotFound
 from synapse.server.events import KeyNews
 from synapse.server.keys import ApiKey, KeyPermission, new_key
-from synapse.store import now, open_store
+from synapse.store import Store, now, open_store
 
 
 class CreateKey(BaseModel):
@@ -53,7 +54,7 @@ class KeyList(BaseModel):
     items: list[KeyRow]
 
 
-class RevokeKey(BaseModel):
+class OneKey(BaseModel):
     """Which key."""
 
     name: Annotated[str, Argument()] = Field(description="name of the key")
@@ -68,9 +69,7 @@ async def create_key(params: CreateKey, context: Context) -> NewKey:
     """
     store = await context.get(open_store)
     if await store.find(ApiKey, name=params.name) is not None:
-        raise Conflict(
-            f"there is a key called {params.name!r} already", hint="choose another name; a name is never used again"
-        )
+        raise Conflict(f"there is a key called {params.name!r} already", hint="choose another name, or remove that one")
     secret, key = new_key(params.name, params.permissions)
     await store.create(key)
     publish("key.created", KeyNews(name=key.name, permissions=tuple(key.permissions)))
@@ -86,19 +85,38 @@ async def list_keys(params: ListKeys, context: Context) -> KeyList:
 
 
 @command("key/revoke", permission="manage")
-async def revoke_key(params: RevokeKey, context: Context) -> KeyRow:
+async def revoke_key(params: OneKey, context: Context) -> KeyRow:
     """Make an API key useless, at once and for good.
 
-    The server goes on asking for a key after the last one is revoked.
+    The server goes on asking for a key after the last one is revoked; `key remove` forgets one.
     """
     store = await context.get(open_store)
-    key = await store.find(ApiKey, name=params.name)
-    if key is None:
-        raise NotFound(f"there is no key called {params.name!r}", hint="`synapse key list` shows the keys")
+    key = await _find(store, params.name)
     if key.revoked_at is None:
         key = await store.update(ApiKey, key.id, {"revoked_at": now()})
         publish("key.revoked", KeyNews(name=key.name, permissions=tuple(key.permissions)))
     return _row(key)
+
+
+@command("key/remove", permission="manage")
+async def remove_key(params: OneKey, context: Context) -> KeyRow:
+    """Delete an API key, as if it had never been made; its name is free again.
+
+    When the last one is gone, those that were revoked included, the server answers this machine without a key again.
+    """
+    store = await context.get(open_store)
+    key = await store.delete(ApiKey, (await _find(store, params.name)).id)
+    publish("key.removed", KeyNews(name=key.name, permissions=tuple(key.permissions)))
+    return _row(key)
+
+
+async def _find(store: Store, name: str) -> ApiKey:
+    key = await store.find(ApiKey, name=name)
+    if key is None:
+        near = difflib.get_close_matches(name, [each.name for each in await store.list(ApiKey)], n=1)
+        hint = f"did you mean {near[0]}?" if near else "`synapse key list` shows the keys"
+        raise NotFound(f"there is no key called {name!r}", hint=hint)
+    return key
 
 
 def _row(key: ApiKey) -> KeyRow:

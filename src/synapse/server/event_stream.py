@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from typing import Any
 
 import structlog
@@ -24,6 +24,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("synapse.server")
 
 KEEP_ALIVE = b":\n\n"
 """A comment: nothing for the client, but a sign of life for what stands between."""
+DONE = b"data: [DONE]\n\n"
+"""The end of OpenAI's streams."""
+JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 STOPPING_TIME = 2.0
 """Seconds that an endless stream gets for its end once the server was told to stop."""
 
@@ -89,17 +92,9 @@ async def _limit_when(stop: asyncio.Event, limit: asyncio.Timeout) -> None:
     limit.reschedule(asyncio.get_running_loop().time() + STOPPING_TIME)
 
 
-async def openai_events(objects: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
-    """The objects of a stream as OpenAI sends them; `[DONE]` follows the last, unless an error came first."""
-    async with aclosing(objects):
-        async for found in objects:
-            yield data_event(found)
-    yield b"data: [DONE]\n\n"
-
-
 def data_event(found: dict[str, Any]) -> bytes:
     """An event without a name."""
-    return f"data: {json.dumps(found, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"data: {JSON.encode(found)}\n\n".encode()
 
 
 def named_event(id_: str, name: str, body: str) -> bytes:

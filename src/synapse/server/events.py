@@ -34,8 +34,9 @@ class RequestFinished(Payload):
 
 @event("key.created")
 @event("key.revoked")
+@event("key.removed")
 class KeyNews(Payload):
-    """An API key was made, or made useless."""
+    """An API key was made, made useless, or deleted."""
 
     name: str
     permissions: tuple[str, ...]

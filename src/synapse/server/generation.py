@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -46,36 +45,46 @@ class Generation:
 
     Use it as an async context manager: leaving it cancels in the engine whatever has not finished::
 
-        async with Generation(runner, requests, timeout=60) as events:
+        async with Generation(runner, requests, timeout=60, deadline=loop.time() + 60) as events:
             async for index, event in events: ...
+
+    One request, which is what is asked for nearly always, is read as the engine tells it, without a task between.
 
     Attributes:
         ends: how the requests ended whose last event was read.
         failure: what ended the reading instead, if anything did.
     """
 
-    def __init__(self, runner: EngineRunner, requests: Sequence[Request], *, timeout: float) -> None:
-        self._runner = runner
-        self._requests = requests
+    def __init__(self, runner: EngineRunner, requests: Sequence[Request], *, timeout: float, deadline: float) -> None:
         self._timeout = timeout
-        self._deadline = asyncio.get_running_loop().time() + timeout
-        self._queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(EVENTS_AHEAD)
+        self._deadline = deadline
         self._first: tuple[int, Event] | None = None
         self._unfinished = len(requests)
+        self._events = [runner.generate(request) for request in requests]
+        self._queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(EVENTS_AHEAD)
         self._tasks: list[asyncio.Task[None]] = []
+        self._reading: asyncio.Task[Any] | None = None
+        self._late = False
+        self._timer: asyncio.TimerHandle | None = None
         self.ends: dict[int, Finished] = {}
         self.failure: Exception | None = None
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._pump(i, request)) for i, request in enumerate(self._requests)]
+        self._timer = asyncio.get_running_loop().call_at(self._deadline, self._end_in_time)
+        if len(self._events) > 1:
+            self._tasks = [asyncio.create_task(self._pump(i, events)) for i, events in enumerate(self._events)]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for events in self._events:
+            await events.aclose()
 
     def __aiter__(self) -> Self:
         return self
@@ -87,38 +96,50 @@ class Generation:
             SynapseError: what the engine raised for any of the requests.
             TimedOut: the deadline has passed.
         """
-        try:
-            index, event = await self._next()
-        except StopAsyncIteration:
-            raise
-        except Exception as error:
-            self.failure = error
-            raise
-        if isinstance(event, Finished):
-            self.ends[index] = event
-        return index, event
-
-    async def _next(self) -> tuple[int, Event]:
         if self._first is not None:
             first, self._first = self._first, None
             return first
         if not self._unfinished:
             raise StopAsyncIteration
         try:
-            async with asyncio.timeout_at(self._deadline):
-                index, event = await self._queue.get()
-        except TimeoutError as error:
-            raise TimedOut(
-                f"the answer was not complete after {self._timeout:g} seconds",
-                hint="ask for fewer tokens, or raise SYNAPSE_REQUEST_TIMEOUT",
-            ) from error
+            index, event = await self._next()
+            if isinstance(event, Finished):
+                self._unfinished -= 1
+                self.ends[index] = _complete(event)
+        except Exception as error:
+            self.failure = error
+            raise
+        return index, event
+
+    async def _next(self) -> tuple[int, Event]:
+        """Wait for the next event, until the deadline. One timer for all of them: a timeout each costs more than it."""
+        task = self._reading = asyncio.current_task()
+        try:
+            if self._late:
+                raise self._too_late()
+            if not self._tasks:
+                return 0, await anext(self._events[0])
+            index, event = await self._queue.get()
+        except asyncio.CancelledError:
+            if not self._late or task is None or task.uncancel() > 0:
+                raise
+            raise self._too_late() from None
+        finally:
+            self._reading = None
         if isinstance(event, Exception):
             raise event
-        if isinstance(event, Finished):
-            self._unfinished -= 1
-            if event.reason == "cancelled":
-                raise Unavailable("the engine gave this answer up", hint="try again in a moment")
         return index, event
+
+    def _end_in_time(self) -> None:
+        self._late = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def _too_late(self) -> TimedOut:
+        return TimedOut(
+            f"the answer was not complete after {self._timeout:g} seconds",
+            hint="ask for fewer tokens, or raise SYNAPSE_REQUEST_TIMEOUT",
+        )
 
     async def wait_for_first(self) -> None:
         """Wait until there is an event, so that a refusal of the engine comes before the response has begun.
@@ -128,13 +149,18 @@ class Generation:
         """
         self._first = await anext(self)
 
-    async def _pump(self, index: int, request: Request) -> None:
+    async def _pump(self, index: int, events: AsyncGenerator[Event]) -> None:
         try:
-            async with aclosing(self._runner.generate(request)) as events:
-                async for event in events:
-                    await self._queue.put((index, event))
+            async for event in events:
+                await self._queue.put((index, event))
         except Exception as error:  # raised again where the events are read
             await self._queue.put((index, error))
+
+
+def _complete(event: Finished) -> Finished:
+    if event.reason == "cancelled":
+        raise Unavailable("the engine gave this answer up", hint="try again in a moment")
+    return event
 
 
 def count_usage(finished: Sequence[Finished], choices: int) -> Usage:

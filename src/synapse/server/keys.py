@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 from pydantic import AwareDatetime, Field
 
-from synapse.store import Entity, Store, entity, now
+from synapse.callosum.kept import Kept, open_kept
+from synapse.commands import Context
+from synapse.store import Entity, Store, entity, now, open_store
 
 KeyPermission = Literal["chat", "read", "manage"]
 """`chat`: models and completions; `read`: commands that change nothing; `manage`: every command."""
@@ -58,14 +62,50 @@ async def any_key_exists(store: Store) -> bool:
 
 
 async def find_key(store: Store, secret: str) -> ApiKey | None:
-    """The key of this secret, or None when it is unknown or revoked. Nothing is cached: revoking works at once."""
+    """The key of this secret, or None when it is unknown or revoked."""
     digest = digest_of(secret)
     candidates = await store.list(ApiKey, where={"prefix": secret[:PREFIX_LENGTH]})
     found = [key for key in candidates if hmac.compare_digest(key.digest, digest)]
     return found[0] if found and found[0].revoked_at is None else None
 
 
-async def note_use(store: Store, key: ApiKey) -> None:
-    """Remember that a key was used just now, with at most one write a minute."""
-    if key.last_used_at is None or now() - key.last_used_at > USE_NOTED_EVERY:
-        await store.update(ApiKey, key.id, {"last_used_at": now()})
+class Keys:
+    """The keys as each request asks for them: read once, and again when a key was made or revoked."""
+
+    def __init__(self, store: Store, kept: Kept) -> None:
+        self._store = store
+        self._kept = kept
+
+    async def any(self) -> bool:
+        """As `any_key_exists`."""
+        return await self._kept.get("any key", partial(any_key_exists, self._store))
+
+    async def find(self, secret: str) -> ApiKey | None:
+        """As `find_key`. That there is no such key is not kept."""
+
+        async def read() -> ApiKey:
+            key = await find_key(self._store, secret)
+            if key is None:
+                raise _NoKey
+            return key
+
+        try:
+            return await self._kept.get(("key", digest_of(secret)), read)
+        except _NoKey:
+            return None
+
+    async def note_use(self, key: ApiKey) -> None:
+        """Remember that a key was used just now, with at most one write a minute."""
+        if key.last_used_at is None or now() - key.last_used_at > USE_NOTED_EVERY:
+            await self._store.update(ApiKey, key.id, {"last_used_at": now()})
+            self._kept.forget(("key", key.digest))
+
+
+class _NoKey(Exception):
+    pass
+
+
+@asynccontextmanager
+async def open_keys(context: Context) -> AsyncIterator[Keys]:
+    """Opener of the keys, for `Context.get`."""
+    yield Keys(await context.get(open_store), await context.get(open_kept))

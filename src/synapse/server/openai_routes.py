@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -9,9 +11,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from synapse.engines import BadGrammar, ContextOverflow
+from synapse.errors import TimedOut
 from synapse.personas.events import TurnNews
 from synapse.server.catalogue import list_as_wire, show_as_wire
-from synapse.server.event_stream import EventStream, openai_events
+from synapse.server.event_stream import EventStream
 from synapse.server.generation import Generation, collect, count_usage, unless_gone
 from synapse.server.prompts import Prepared, prepare_chat, prepare_completions
 from synapse.server.routing import ServerState, guarded
@@ -51,11 +54,13 @@ async def show_model(request: Request, model: str) -> dict[str, Any]:
 async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation as a persona; with `stream`, as server-sent events."""
     state: ServerState = request.app.state.server
+    deadline = _deadline(state)
     async with AsyncExitStack() as resources:
         resources.enter_context(state.slots.take(body.choices))
-        prepared = await prepare_chat(state.context, body)
+        prepared = await _prepared(request, prepare_chat(state.context, body), deadline)
         shape = ChatShape(prepared.runner.engine.tokenizer, logprobs=body.alternatives is not None)
-        return await _answer(request, body, prepared, shape=shape, frame=chat_frame(body.model), resources=resources)
+        frame = chat_frame(body.model)
+        return await _answer(request, body, prepared, shape=shape, frame=frame, deadline=deadline, resources=resources)
 
 
 @router.post("/v1/completions")
@@ -63,24 +68,56 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
     """Go on from one prompt or several, as they are; with `stream`, as server-sent events."""
     state: ServerState = request.app.state.server
     count = body.choices * len(body.prompts)
+    deadline = _deadline(state)
     async with AsyncExitStack() as resources:
         resources.enter_context(state.slots.take(count))
-        prepared = await prepare_completions(state.context, body)
+        prepared = await _prepared(request, prepare_completions(state.context, body), deadline)
         shape = CompletionShape(prepared.runner.engine.tokenizer, logprobs=body.logprobs is not None, count=count)
-        return await _answer(
-            request, body, prepared, shape=shape, frame=completion_frame(body.model), resources=resources
-        )
+        frame = completion_frame(body.model)
+        return await _answer(request, body, prepared, shape=shape, frame=frame, deadline=deadline, resources=resources)
+
+
+def _deadline(state: ServerState) -> float:
+    """When a request that begins now must be answered, by the clock of the event loop."""
+    return asyncio.get_running_loop().time() + state.context.settings.request_timeout
+
+
+async def _prepared(http: Request, work: Coroutine[Any, Any, Prepared], deadline: float) -> Prepared:
+    """Prepare what the engine is asked, within the request's time and for as long as its client is there.
+
+    Raises:
+        TimedOut: preparing alone took all the time.
+        ClientGone: the client hung up.
+    """
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await unless_gone(http, work)
+    except TimeoutError as error:
+        raise TimedOut(
+            "the answer had not begun when the time for it was over",
+            hint="its model was being loaded, or its prompt prepared: try again, or raise SYNAPSE_REQUEST_TIMEOUT",
+        ) from error
 
 
 async def _answer(
-    http: Request, body: GenerationBody, prepared: Prepared, *, shape: Shape, frame: Frame, resources: AsyncExitStack
+    http: Request,
+    body: GenerationBody,
+    prepared: Prepared,
+    *,
+    shape: Shape,
+    frame: Frame,
+    deadline: float,
+    resources: AsyncExitStack,
 ) -> Response:
     """Generate and respond. A stream takes the resources over; they are closed when it ends."""
     state: ServerState = http.app.state.server
     timeout = state.context.settings.request_timeout
+    left = deadline - asyncio.get_running_loop().time()
     count = len(prepared.requests)
     try:
-        events = await resources.enter_async_context(Generation(prepared.runner, prepared.requests, timeout=timeout))
+        events = await resources.enter_async_context(
+            Generation(prepared.runner, prepared.requests, timeout=timeout, deadline=deadline)
+        )
         if prepared.news is not None:
             resources.callback(_tell_end, prepared.news, events, count)
         if not body.stream:
@@ -94,8 +131,8 @@ async def _answer(
         if isinstance(body, CompletionBody) and error.details.get("param") == "messages":
             error.details["param"] = "prompt"
         raise
-    objects = chunks(frame, shape, events, count=count, choices=body.choices, include_usage=body.include_usage)
-    return EventStream(openai_events(objects), resources=resources.pop_all(), timeout=timeout + READING_TIME)
+    stream = chunks(frame, shape, events, count=count, choices=body.choices, include_usage=body.include_usage)
+    return EventStream(stream, resources=resources.pop_all(), timeout=left + READING_TIME)
 
 
 def _tell_end(news: TurnNews, events: Generation, count: int) -> None:

@@ -49,6 +49,7 @@ async def prepare_chat(context: Context, body: ChatBody) -> Prepared:
         logit_bias=bias,
         grammar=body.response_format.grammar() if body.response_format else None,
         trim=False,
+        tract=body.tract,
     )
     messages = [Message("system" if m.role == "developer" else m.role, m.text) for m in body.messages]
     turn = await prepare_turn(context, persona, messages, options)
@@ -77,6 +78,7 @@ async def prepare_completions(context: Context, body: CompletionBody) -> Prepare
         max_tokens=body.max_tokens or settings.max_tokens,
         stop=body.stops,
         logprobs=body.logprobs,
+        tract=body.tract,
     )
     requests: list[Request] = []
     for prompt in await asyncio.to_thread(encode_prompts, runner.engine.tokenizer, body.prompts):

@@ -29,6 +29,7 @@ CLIENT_CLOSED = 499
 UNPUBLISHED = frozenset({"/health", "/ready", "/metrics"})
 """What is asked every few seconds by whoever watches the server, and is logged but no event."""
 LONGEST_PATH = 200
+MOST_KINDS = 1000
 
 
 class RequestLog:
@@ -73,6 +74,46 @@ class RequestLog:
                     publish("server.request.finished", request, tract=Tract.EXTERNAL, evidence=Evidence.REPORTED)
 
 
+class Repeated(logging.Filter):
+    """Lets through so many warnings and errors of one kind a minute, and counts the others.
+
+    What goes wrong for each of a thousand connections would otherwise fill a disk. The line that follows the silence
+    says how many were left out. Request lines are no warnings.
+    """
+
+    def __init__(self, most: int = 20, span_s: float = 60.0) -> None:
+        super().__init__()
+        self._most = most
+        self._span_s = span_s
+        self._kinds: dict[tuple[str, int, str], list[float]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
+        if record.levelno < logging.WARNING:
+            return True
+        text = record.msg.get("event") if isinstance(record.msg, dict) else record.msg
+        kind = (record.name, record.levelno, str(text)[:200])
+        if len(self._kinds) > MOST_KINDS:
+            self._kinds.clear()
+        counted = self._kinds.setdefault(kind, [record.created, 0])
+        left_out = counted[1] - self._most
+        if record.created - counted[0] >= self._span_s:
+            counted[:] = [record.created, 0]
+            if left_out > 0:
+                _add_to(record, left_out)
+        counted[1] += 1
+        return counted[1] <= self._most
+
+
+def _add_to(record: logging.LogRecord, left_out: float) -> None:
+    """Say in a record how many of its kind came before it."""
+    if isinstance(record.msg, dict):
+        record.msg["left_out"] = int(left_out)
+    else:
+        record.msg = f"{record.getMessage()} ({left_out:.0f} more of these were left out)"
+        record.args = ()
+
+
 def configure_logging(stream: TextIO = sys.stderr) -> None:
     """Log to `stream`: readable lines on a terminal, one JSON object a line everywhere else.
 
@@ -96,6 +137,7 @@ def configure_logging(stream: TextIO = sys.stderr) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
     )
     handler = logging.StreamHandler(stream)
+    handler.addFilter(Repeated())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -15,8 +15,8 @@ from starlette.responses import Response
 
 from synapse.commands import Context
 from synapse.server.access import Needs, authorize
+from synapse.server.keys import open_keys
 from synapse.server.limits import Slots, read_body, require_json
-from synapse.store import open_store
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ def guarded(needs: Needs) -> type[APIRoute]:
 
             async def checked(request: Request) -> Response:
                 state: ServerState = request.app.state.server
-                request.state.caller = await authorize(request, await state.context.get(open_store), needs)
+                request.state.caller = await authorize(request, await state.context.get(open_keys), needs)
                 inner = CheckedRequest(request.scope, request.receive)
                 if request.method == "POST":
                     require_json(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import json
 import shlex
 import signal
@@ -21,6 +22,13 @@ from synapse.errors import Conflict, Forbidden, InvalidInput, Unavailable
 from synapse.server.access import MAKE_A_KEY, is_loopback
 from synapse.server.app import create_app
 from synapse.server.catalogue import list_served
+from synapse.server.connections import (
+    BACKLOG,
+    HEADER_SECONDS,
+    UNREAD_SECONDS,
+    guarded_protocol,
+    most_connections,
+)
 from synapse.server.keys import any_key_exists
 from synapse.server.request_log import configure_logging
 from synapse.store import open_store
@@ -103,15 +111,18 @@ async def _serve(settings: Settings) -> None:
             await serving
 
 
-def make_server(app: FastAPI) -> Server:
-    """A server for an application; `serve(sockets=[…])` runs it."""
+def make_server(
+    app: FastAPI, *, header_seconds: float = HEADER_SECONDS, unread_seconds: float = UNREAD_SECONDS
+) -> Server:
+    """A server for an application; `serve(sockets=[…])` runs it. Its connections are those of `connections`."""
 
     def stopping() -> None:
         app.state.server.stop.set()
 
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=guarded_protocol(most_connections(), header_seconds=header_seconds, unread_seconds=unread_seconds),
+        backlog=BACKLOG,
         ws="none",
         log_config=None,
         access_log=False,
@@ -143,7 +154,7 @@ async def bind(context: Context) -> socket.socket:
             hint=f"{MAKE_A_KEY}; or stay on 127.0.0.1",
         )
     try:
-        return socket.create_server(address[:2], family=family, backlog=128)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         where = f"{host}:{port}"
         if error.errno == errno.EADDRINUSE:
@@ -154,11 +165,23 @@ async def bind(context: Context) -> socket.socket:
         raise Unavailable(f"cannot listen on {where}: {error.strerror}", hint="choose another port or host") from error
 
 
+def _reachable(host: str) -> str:
+    """An address to ask, for one to listen on: `0.0.0.0` and `::` stand for all of this machine's, and are none."""
+    if not ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
+        return host
+    family, elsewhere = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((elsewhere, 9))  # sends nothing: it only asks which of our addresses would be used
+        return str(probe.getsockname()[0])
+    return "::1" if ":" in host else "127.0.0.1"
+
+
 async def greeting(context: Context, listener: socket.socket) -> str:
     """What a person who starts the server wants to know: where it is, who is there, how to ask."""
     served = await list_served(context)
     personas = [each.name for each in served if each.is_persona]
     host, port = listener.getsockname()[:2]
+    host = _reachable(host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = " -H 'Authorization: Bearer KEY'" if await any_key_exists(await context.get(open_store)) else ""
     model = personas[0] if personas else context.settings.default_model

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import synapse
 from synapse.engines.request import Delta, Finished, TokenLogprob
 from synapse.models.tokenizer import Tokenizer
+from synapse.server.event_stream import DONE, JSON, data_event
 from synapse.server.generation import Answer, Generation, count_usage
 from synapse.server.logprobs import chat_logprobs, completion_logprobs, length_of, told_tokens
 
@@ -142,27 +143,46 @@ def whole_answer(frame: Frame, shape: Shape, answers: Sequence[Answer], choices:
     return frame.as_wire(shape.whole, written, usage=usage.as_wire())
 
 
+class TextChunk:
+    """A chunk that only brings text, which is nearly every one: all but the text is written once for the stream."""
+
+    MARK = "\x00text\x00"
+
+    def __init__(self, frame: Frame, shape: Shape, index: int, more: dict[str, Any]) -> None:
+        whole = data_event(frame.as_wire(shape.part, [shape.chunk(index, Delta("", self.MARK, ())) or {}], **more))
+        self._before, _, self._after = whole.partition(JSON.encode(self.MARK).encode())
+
+    def event(self, text: str) -> bytes:
+        """The chunk as an event."""
+        return self._before + JSON.encode(text).encode() + self._after
+
+
 async def chunks(
     frame: Frame, shape: Shape, events: Generation, *, count: int, choices: int, include_usage: bool
-) -> AsyncGenerator[dict[str, Any], None]:
-    """The chunks of a stream of `count` answers; with `include_usage`, a last one without choices counts the tokens.
+) -> AsyncGenerator[bytes, None]:
+    """A stream of `count` answers as server-sent events, `[DONE]` being the last.
+
+    With `include_usage`, one more chunk, without choices, counts the tokens.
 
     Raises:
         SynapseError: as `Generation` does.
     """
-    no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
+    more: dict[str, Any] = {"usage": None} if include_usage else {}
     for index in range(count):
         if (opening := shape.opening(index)) is not None:
-            yield frame.as_wire(shape.part, [opening], **no_usage)
+            yield data_event(frame.as_wire(shape.part, [opening], **more))
+    texts = [TextChunk(frame, shape, index, more) for index in range(count)]
     ends: dict[int, Finished] = {}
     async for index, event in events:
         if isinstance(event, Finished):
             ends[index] = event
-            written: dict[str, Any] | None = shape.closing(index, event)
-        else:
-            written = shape.chunk(index, event)
-        if written is not None:
-            yield frame.as_wire(shape.part, [written], **no_usage)
+            yield data_event(frame.as_wire(shape.part, [shape.closing(index, event)], **more))
+        elif not event.logprobs:
+            if event.text:
+                yield texts[index].event(event.text)
+        elif (written := shape.chunk(index, event)) is not None:
+            yield data_event(frame.as_wire(shape.part, [written], **more))
     if include_usage:
         usage = count_usage([ends[index] for index in range(count)], choices)
-        yield frame.as_wire(shape.part, [], usage=usage.as_wire())
+        yield data_event(frame.as_wire(shape.part, [], usage=usage.as_wire()))
+    yield DONE

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from synapse.callosum.message import Tract
 from synapse.engines.request import Grammar
 from synapse.server.errors import BadField, UnsupportedField
 
@@ -67,7 +68,7 @@ class GenerationBody(BaseModel):
     user: Any = Field(None, description="accepted and ignored")
     metadata: Any = Field(None, description="accepted and ignored")
     store: Any = Field(None, description="accepted and ignored")
-    service_tier: Any = Field(None, description="accepted and ignored")
+    service_tier: Any = Field(None, description="flex: nobody waits for the answer, so others go first; else ignored")
     safety_identifier: Any = Field(None, description="accepted and ignored")
     prompt_cache_key: Any = Field(None, description="accepted and ignored: prefixes are always shared")
     prompt_cache_retention: Any = Field(None, description="accepted and ignored")
@@ -101,6 +102,11 @@ class GenerationBody(BaseModel):
     def choices(self) -> int:
         """Answers for each prompt."""
         return self.n or 1
+
+    @property
+    def tract(self) -> Tract:
+        """Who waits for the answer: with the service tier `flex`, for batches and evaluations, nobody does."""
+        return Tract.INTERNAL if self.service_tier == "flex" else Tract.EXTERNAL
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""A database by its URL: SQLite in a file, or PostgreSQL. What differs between the two lies here."""
+"""A database by its URL, through SQLAlchemy: PostgreSQL, and for its migrations SQLite as well."""
 
 from __future__ import annotations
 
-import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +10,16 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from synapse.errors import Corrupt, InvalidInput, Overloaded, Unavailable
+from synapse.errors import InvalidInput, Overloaded, Unavailable
 from synapse.store.errors import Contention, Duplicate
+from synapse.store.sqlite import create_private_file, pragmas, problem_of
 
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
 DRIVERS = {SQLITE: "sqlite+aiosqlite", POSTGRESQL: "postgresql+psycopg", "postgres": "postgresql+psycopg"}
-PRIVATE_FILE = 0o600
-BUSY_MILLISECONDS = 10_000
 CONNECT_SECONDS = 10
 WRITES = "synapse_writes"
 """Execution option of a connection whose transaction is going to write."""
@@ -53,6 +52,11 @@ def parse_url(text: str) -> sa.URL:
     return url.set(drivername=DRIVERS[kind])
 
 
+def sqlite_url(path: Path) -> sa.URL:
+    """The URL of a file, whatever characters its path has."""
+    return sa.URL.create(DRIVERS[SQLITE], database=str(path))
+
+
 def open_engine(url: sa.URL) -> AsyncEngine:
     """The engine of a database. Nothing is connected yet, except that SQLite's file is made, private to the user.
 
@@ -72,31 +76,18 @@ def open_engine(url: sa.URL) -> AsyncEngine:
                 "PostgreSQL needs the package psycopg, which is not installed",
                 hint="pip install 'synapse[postgres]'",
             ) from error
-    _create_private_file(Path(str(url.database)))
+    create_private_file(Path(str(url.database)))
     engine = create_async_engine(url)
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
 
 
-def _create_private_file(path: Path) -> None:
-    """SQLite gives its journal the permissions of the database, so the database is made first."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE_FILE))
-    except FileExistsError:
-        return
-    except OSError as error:
-        raise Unavailable(
-            f"the database {path} cannot be created: {error.strerror}",
-            hint="set SYNAPSE_HOME or SYNAPSE_DATABASE_URL to a place you can write to",
-        ) from error
-
-
 def _prepare_sqlite(connection: Any, record: object) -> None:
     connection.isolation_level = None  # the driver must not begin transactions by itself: `_begin_sqlite` does
     cursor = connection.cursor()
-    for pragma in (f"busy_timeout={BUSY_MILLISECONDS}", "journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
-        cursor.execute(f"PRAGMA {pragma}")
+    for pragma in pragmas():
+        cursor.execute(pragma)
     cursor.close()
 
 
@@ -125,17 +116,12 @@ def translated(url: sa.URL) -> Iterator[None]:
     except DBAPIError as error:
         original: Any = error.orig
         state = getattr(original, "sqlstate", None)
-        sqlite_error = getattr(original, "sqlite_errorname", "") or ""
+        if isinstance(original, sqlite3.Error):
+            raise problem_of(original, str(url.database)) from error
         if state in (SERIALIZATION_FAILURE, DEADLOCK):
             raise Contention("the database was changed by another at the same time", hint="try again") from error
-        if state == UNIQUE_VIOLATION or (isinstance(error, IntegrityError) and sqlite_error.endswith("UNIQUE")):
+        if state == UNIQUE_VIOLATION:
             raise Duplicate("a value that must be unique exists already") from error
-        if sqlite_error.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise Overloaded(f"the database {place} is locked by another program", hint="try again") from error
-        if sqlite_error.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-            raise Corrupt(
-                f"the database {place} is damaged or not a database: {original}", hint="restore it from a backup"
-            ) from error
         raise Unavailable(
             f"the database {place} does not do as asked: {str(original).strip()}",
             hint="check that it runs and that SYNAPSE_DATABASE_URL is right",

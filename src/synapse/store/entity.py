@@ -59,6 +59,7 @@ class Value(BaseModel):
         validate_by_name=True,
         validate_by_alias=True,
         loc_by_alias=False,
+        defer_build=True,  # built when it is first used: a command uses few of the entities that it declares
     )
 
 

@@ -9,13 +9,11 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from synapse.store.database import POSTGRESQL, WRITES, translated
-from synapse.store.errors import DatabaseTooNew
+from synapse.store.migrations import REVISIONS, is_current
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISIONS = ("0001", "0002")
-"""Every migration, oldest first. Stated here so that a database which is up to date needs no Alembic to say so."""
 FOLDER = Path(__file__).parent / "migrations"
 LOCK = 0x53594E41  # "SYNA": any number, the same in every process
 
@@ -29,7 +27,7 @@ async def migrate(engine: AsyncEngine) -> None:
     """
     with translated(engine.url):
         async with engine.connect() as connection:
-            if await connection.run_sync(_version) == REVISIONS[-1]:
+            if is_current(await connection.run_sync(_version)):
                 return
         async with engine.connect() as plain:
             if engine.dialect.name == POSTGRESQL:
@@ -57,19 +55,13 @@ def _version(connection: sa.Connection) -> str | None:
     """The migration the database is at; None before the first."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
-    found = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
-    if found is not None and found not in REVISIONS:
-        raise DatabaseTooNew(
-            f"the database is at version {found}, this Synapse knows versions up to {REVISIONS[-1]}",
-            hint="install the newer Synapse again, or use another database with SYNAPSE_DATABASE_URL",
-        )
-    return found
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def _upgrade(connection: sa.Connection) -> None:
-    from alembic import command  # noqa: PLC0415 (slow to import, and a database that is up to date needs none of it)
+    from alembic import command  # noqa: PLC0415 (a database that is up to date needs none of it)
 
-    if _version(connection) != REVISIONS[-1]:
+    if not is_current(_version(connection)):
         config = alembic_config()
         config.attributes["connection"] = connection
         command.upgrade(config, REVISIONS[-1])

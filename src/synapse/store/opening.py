@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from synapse.commands import Context
-from synapse.store.database import open_engine, parse_url
-from synapse.store.migrate import migrate
+from synapse.errors import InvalidInput
+from synapse.store.migrations import is_current
+from synapse.store.sqlite import SqliteDatabase, create_private_file
 from synapse.store.store import Store
+
+SQLITE_URL = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>.+)", re.DOTALL)
 
 
 async def connect(url: str) -> Store:
@@ -16,16 +21,52 @@ async def connect(url: str) -> Store:
 
     Raises:
         InvalidInput: the URL is not one of SQLite or PostgreSQL.
-        Unavailable: the database or its driver is missing.
+        Unavailable: the database or its driver is missing, or its disk is full or may not be written.
         DatabaseTooNew: a newer version of Synapse has used it.
     """
+    sqlite = SQLITE_URL.fullmatch(url)
+    if sqlite is None:
+        return await _connect_through_sqlalchemy(url)
+    if sqlite["path"] == ":memory:":
+        raise InvalidInput("SQLite needs a file: one in memory is empty for every connection")
+    path = Path(sqlite["path"])
+    create_private_file(path)
+    database = SqliteDatabase(path)
+    try:
+        if not is_current(await database.version()):
+            await _migrate_sqlite(path)
+    except BaseException:
+        await database.close()
+        raise
+    return Store(database)
+
+
+# SQLAlchemy and Alembic take half a second to import: only where there is something for them to do.
+
+
+async def _connect_through_sqlalchemy(url: str) -> Store:
+    from synapse.store.database import open_engine, parse_url  # noqa: PLC0415
+    from synapse.store.migrate import migrate  # noqa: PLC0415
+    from synapse.store.postgresql import PostgresDatabase  # noqa: PLC0415
+
     engine = open_engine(parse_url(url))
     try:
         await migrate(engine)
     except BaseException:
         await engine.dispose()
         raise
-    return Store(engine)
+    return Store(PostgresDatabase(engine))
+
+
+async def _migrate_sqlite(path: Path) -> None:
+    from synapse.store.database import open_engine, sqlite_url  # noqa: PLC0415
+    from synapse.store.migrate import migrate  # noqa: PLC0415
+
+    engine = open_engine(sqlite_url(path))
+    try:
+        await migrate(engine)
+    finally:
+        await engine.dispose()
 
 
 @asynccontextmanager

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
 from synapse.errors import InvalidInput, NotFound
-from synapse.store.database import SQLITE, WRITES, translated
+from synapse.store.columns import from_row, is_structure, to_row
 from synapse.store.entity import Entity, all_kinds, label_of, now, spec_of
 from synapse.store.errors import Contention, Duplicate, InUse
-from synapse.store.tables import from_row, is_structure, table_of, to_row
+from synapse.store.transaction import Database, Query, Transaction
 from synapse.store.validation import changed, check_storable, comparable, known_field
 
 E = TypeVar("E", bound=Entity)
@@ -34,17 +31,15 @@ class Store:
     another process got in the way of are tried again, except inside `transaction()`, which cannot run its body twice.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-        self._active: ContextVar[tuple[asyncio.Task[Any] | None, AsyncConnection] | None] = ContextVar(
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._active: ContextVar[tuple[asyncio.Task[Any] | None, Transaction] | None] = ContextVar(
             "active", default=None
         )
-        # SQLite has one writer at a time: waiting here is fair, waiting for its lock is not.
-        self._writer = asyncio.Lock() if engine.dialect.name == SQLITE else None
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._engine.dispose()
+        await self._database.close()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
@@ -53,7 +48,7 @@ class Store:
         Raises:
             Contention: at the end or on the way, when another process was faster. Nothing was written.
         """
-        if self._connection() is not None:
+        if self._current() is not None:
             yield
             return
         async with self._begin(writes=True):
@@ -67,7 +62,7 @@ class Store:
         Raises:
             Contention: others were in the way every time.
         """
-        if self._connection() is not None:
+        if self._current() is not None:
             return await work()
         pause = FIRST_PAUSE
         for tries_left in reversed(range(TRIES)):
@@ -94,7 +89,7 @@ class Store:
 
         async def work() -> E:
             await self._check(entity, previous=None)
-            await self._execute(sa.insert(table_of(type(entity))).values(to_row(entity)))
+            await self._transaction().insert(type(entity), to_row(entity))
             return entity
 
         return await self.atomically(work)
@@ -130,28 +125,24 @@ class Store:
         Raises:
             InvalidInput: a field is unknown or holds a structure, a value is of the wrong type, or a negative limit.
         """
-        table = table_of(kind)
         name = known_field(kind, order_by.removeprefix("-"))
         if is_structure(kind, name):
             raise InvalidInput(f"{spec_of(kind).collection} cannot be ordered by {name}: it holds a structure")
         if offset < 0 or (limit is not None and limit < 0):
             raise InvalidInput("limit and offset must not be negative")
-        descending = order_by.startswith("-")
-        order = [column.desc() if descending else column.asc() for column in (table.c[name], table.c.id)]
-        query = sa.select(table).where(*self._conditions(kind, where or {})).order_by(*order).offset(offset)
+        query = Query(self._conditions(kind, where or {}), name, order_by.startswith("-"), limit, offset)
 
         async def work() -> list[E]:
-            rows = (await self._execute(query if limit is None else query.limit(limit))).mappings().all()
-            return [from_row(kind, dict(row)) for row in rows]
+            return [from_row(kind, row) for row in await self._transaction().select(kind, query)]
 
         return await self.atomically(work, writes=False)
 
     async def count(self, kind: type[Entity], where: Mapping[str, Any] | None = None) -> int:
         """How many entities have these values. Raises as `list`."""
-        query = sa.select(sa.func.count()).select_from(table_of(kind)).where(*self._conditions(kind, where or {}))
+        conditions = self._conditions(kind, where or {})
 
         async def work() -> int:
-            return int((await self._execute(query)).scalar_one())
+            return await self._transaction().count(kind, conditions)
 
         return await self.atomically(work, writes=False)
 
@@ -168,9 +159,8 @@ class Store:
             # Times never run backwards, even when the clock does.
             entity = changed(previous, changes).model_copy(update={"updated_at": max(now(), previous.updated_at)})
             await self._check(entity, previous)
-            table = table_of(kind)
             row = {name: value for name, value in to_row(entity).items() if name not in ("id", "created_at")}
-            await self._execute(sa.update(table).where(table.c.id == id).values(row))
+            await self._transaction().update(kind, id, row)
             return entity
 
         return await self.atomically(work)
@@ -187,38 +177,32 @@ class Store:
             entity = await self.get(kind, id)
             await entity.before_delete(self)
             await self._check_unused(entity)
-            table = table_of(kind)
-            await self._execute(sa.delete(table).where(table.c.id == id))
+            await self._transaction().delete(kind, id)
             return entity
 
         return await self.atomically(work)
 
-    def _connection(self) -> AsyncConnection | None:
-        """The connection of this task's transaction. A task started inside one does not share it."""
+    def _current(self) -> Transaction | None:
+        """This task's transaction. A task started inside one does not share it."""
         active = self._active.get()
         return active[1] if active is not None and active[0] is asyncio.current_task() else None
 
+    def _transaction(self) -> Transaction:
+        current = self._current()
+        assert current is not None  # noqa: S101 (every caller runs inside `atomically`)
+        return current
+
     @asynccontextmanager
     async def _begin(self, *, writes: bool) -> AsyncIterator[None]:
-        with translated(self._engine.url):
-            async with self._writer if writes and self._writer else nullcontext(), self._engine.connect() as plain:
-                connection = await plain.execution_options(**{WRITES: writes})
-                async with connection.begin():
-                    token = self._active.set((asyncio.current_task(), connection))
-                    try:
-                        yield
-                    finally:
-                        self._active.reset(token)
+        async with self._database.begin(writes=writes) as transaction:
+            token = self._active.set((asyncio.current_task(), transaction))
+            try:
+                yield
+            finally:
+                self._active.reset(token)
 
-    async def _execute(self, statement: sa.Executable) -> sa.CursorResult[Any]:
-        connection = self._connection()
-        assert connection is not None  # noqa: S101 (every caller runs inside `atomically`)
-        with translated(self._engine.url):
-            return await connection.execute(statement)
-
-    def _conditions(self, kind: type[Entity], where: Mapping[str, Any]) -> Sequence[sa.ColumnElement[bool]]:
-        columns = table_of(kind).c
-        return [columns[known_field(kind, name)] == comparable(kind, name, value) for name, value in where.items()]
+    def _conditions(self, kind: type[Entity], where: Mapping[str, Any]) -> dict[str, Any]:
+        return {known_field(kind, name): comparable(kind, name, value) for name, value in where.items()}
 
     async def _check(self, entity: Entity, previous: Entity | None) -> None:
         """Everything that can be wrong with what is going to be written, in sentences a database does not have."""

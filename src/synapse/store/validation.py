@@ -11,8 +11,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 
 from synapse.errors import InvalidInput
+from synapse.store.columns import is_structure
 from synapse.store.entity import KEPT_BY_THE_STORE, Entity, field_names, plain, spec_of
-from synapse.store.tables import is_structure
 
 E = TypeVar("E", bound=Entity)
 MAX_INTEGER = 2**63 - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from synapse.engines.native.examples import CONTEXT, small_config, small_model
 from synapse.engines.native.layers import GROUP
 from synapse.engines.native.model import NativeModel
 from synapse.engines.native.packed.file import Quantisation, open_packed
+from synapse.engines.native.packed.packing import Kind
 from synapse.engines.native.packed.source_hash import source_sha256
 from synapse.engines.reference.transformer import Chunk, ReferenceTransformer
 from synapse.engines.reference.weights import load_weights
@@ -37,16 +38,15 @@ from synapse.models.config import RopeConfig
 from synapse.models.gguf_file import open_model_file
 
 Closing = Callable[[NativeModel], NativeModel]
-Kind = Literal["q4", "q8"]
-BOUND: dict[Kind, tuple[float, float]] = {"q4": (0.12, 0.05), "q8": (0.0025, 0.0012)}
+BOUND: dict[Kind, tuple[float, float]] = {"q4": (0.12, 0.05), "q4_0": (0.12, 0.05), "q8": (0.0025, 0.0012)}
 """How far the farthest row of logits may be from the reference's, and all in the mean, as a share of its spread.
 
 With weights of four bits the activations have eight, else sixteen: then what is left is mostly the cache's float16.
 Measured were 0.057 and 0.025, and 0.0012 and 0.0005.
 """
-ROUNDED: dict[Kind, float] = {"q4": 0.56, "q8": 0.05}
+ROUNDED: dict[Kind, float] = {"q4": 0.56, "q4_0": 0.56, "q8": 0.05}
 """The mean where weights were rounded besides: measured were 0.28 and 0.024, on models too small to bear it well."""
-DIGITS: dict[Kind, float] = {"q4": 1e-6, "q8": 1e-4}
+DIGITS: dict[Kind, float] = {"q4": 1e-6, "q4_0": 1e-6, "q8": 1e-4}
 """The median where the reference rounds activations as the kernel does: measured were 4e-7 and 6e-5."""
 
 
@@ -111,7 +111,7 @@ def assert_close(found: Logits, expected: Logits, kind: Kind) -> None:
     assert far.mean() < mean
 
 
-@pytest.mark.parametrize("kind", ["q4", "q8"])
+@pytest.mark.parametrize("kind", ["q4", "q4_0", "q8"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_gives_the_references_logits(shape: str, kind: Kind, close: Closing) -> None:
     architecture, tied, fields = SHAPES[shape]
@@ -122,7 +122,7 @@ def test_every_shape_gives_the_references_logits(shape: str, kind: Kind, close: 
     assert_close(np.concatenate(found), np.concatenate(expected), kind)
 
 
-@pytest.mark.parametrize("kind", ["q4", "q8"])
+@pytest.mark.parametrize("kind", ["q4", "q4_0", "q8"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_block_is_computed_to_the_last_digits(shape: str, kind: Kind, close: Closing) -> None:
     """Most rows: in the others the order of sums has turned a rounding over, of an activation or of the cache."""
@@ -134,7 +134,7 @@ def test_one_block_is_computed_to_the_last_digits(shape: str, kind: Kind, close:
     assert np.median(distances(np.concatenate(found), np.concatenate(expected))) < DIGITS[kind]
 
 
-@pytest.mark.parametrize("kind", ["q4", "q8"])
+@pytest.mark.parametrize("kind", ["q4", "q4_0", "q8"])
 def test_chunks_of_any_size_give_the_bits_of_one_chunk(kind: Kind, close: Closing) -> None:
     model = close(tiny_native("qwen3", kind=kind, threads=2))
     tokens, table = some_tokens(model.packed.config, 120), [3, 0, 2, 1]
@@ -161,7 +161,8 @@ def test_a_file_keeps_its_numbers_where_its_blocks_have_the_form_of_the_kernels(
         (found,) = feed(by_kernel(model), new_cache(model, 3), sequence)
         (same_weights,) = feed(model.reference.forward, new_cache(model, 3), sequence)
         kind = packed.kind("blk.0.attn_q.weight")
-        assert kind == ("q4" if quantisation == "4bit" or (quantisation == "auto" and "Q4" in storage) else "q8")
+        as_it_is = {"Q4_0": "q4_0", "Q4_1": "q4"}.get(storage, "q8")
+        assert kind == {"auto": as_it_is, "int8": "q8", "4bit": "q4_0" if storage == "Q4_0" else "q4"}[quantisation]
         assert_close(found, same_weights, kind)
         if quantisation == "auto" and storage in ("Q8_0", "Q4_0", "Q4_1"):
             assert_close(found, expected, kind)
@@ -178,14 +179,14 @@ def test_a_file_of_mixed_blocks_is_computed_each_in_its_own_way(tmp_path: Path, 
     file = open_model_file(path)
     exact = ReferenceTransformer(load_weights(file), 64)
     model = close(NativeModel(open_packed(file, source_sha256(path, tmp_path), tmp_path), 64, 2))
-    assert {model.packed.kind(f"blk.0.attn_{which}.weight") for which in "qkv"} == {"q4", "q8"}
+    assert {model.packed.kind(f"blk.0.attn_{which}.weight") for which in "qkv"} == {"q4_0", "q8"}
     sequence = pieces(some_tokens(file.config, 50), [1, 0], (40, 1))
     (found,) = feed(by_kernel(model), new_cache(model, 2), sequence)
     (expected,) = feed(exact.forward, exact.new_cache(3), sequence)
-    assert_close(found, expected, "q4")
+    assert_close(found, expected, "q4_0")
 
 
-@pytest.mark.parametrize("kind", ["q4", "q8"])
+@pytest.mark.parametrize("kind", ["q4", "q4_0", "q8"])
 def test_the_first_and_the_last_token_at_the_first_and_the_last_place(kind: Kind, close: Closing) -> None:
     model = close(tiny_native(kind=kind, vocab=353, context=96))
     tokens = np.array([0, 352] * 48)

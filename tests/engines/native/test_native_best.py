@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from support.native_engine import by_kernel, new_cache, pieces, some_tokens, tiny_native
 from synapse.engines.native.call import BEST
+from synapse.engines.native.packed.packing import Kind
 from synapse.engines.request import Sampling
 from synapse.engines.sampling import Best, Sampler
 
@@ -76,9 +77,9 @@ def test_without_the_most_likely_tokens_all_are_looked_at() -> None:
     assert Sampler(Sampling(temperature=0), (), 3).choose(logits, best=nothing) == 1
 
 
-@pytest.mark.parametrize("kind", ["q4", "q8"])
-def test_what_the_kernel_finds_gives_the_tokens_of_its_logits(kind: str) -> None:
-    model = tiny_native(kind="q4" if kind == "q4" else "q8", threads=2, vocab=500)
+@pytest.mark.parametrize("kind", ["q4", "q4_0", "q8"])
+def test_what_the_kernel_finds_gives_the_tokens_of_its_logits(kind: Kind) -> None:
+    model = tiny_native(kind=kind, threads=2, vocab=500)
     chunks = pieces(some_tokens(model.packed.config, 60), [1, 0])
     answer = by_kernel(model)(chunks, new_cache(model, 2))
     for row in range(60):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from support.native_engine import by_kernel, new_cache, some_tokens, tiny_adapter, tiny_native
 from synapse.engines.native.layers import Precision, pack_layer
 from synapse.engines.native.model import NativeModel
+from synapse.engines.native.packed.packing import Kind
 from synapse.engines.reference.lora import Stack
 from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.models.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS, ModelConfig
 
 Closing = Callable[[NativeModel], NativeModel]
-Kind = Literal["q4", "q8"]
 WIDTHS = {"a multiple of 32": {"hidden": 64, "intermediate": 96}, "no multiple": {"hidden": 72, "intermediate": 104}}
 
 
@@ -48,7 +48,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])
-@pytest.mark.parametrize("kind", ["q4", "q8"])
+@pytest.mark.parametrize("kind", ["q4", "q4_0", "q8"])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_a_layer_that_overflows_spoils_its_own_sequence_only(

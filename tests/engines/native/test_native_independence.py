@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,11 +23,11 @@ from support.native_engine import (
 from synapse.engines.cache.blocks import BLOCK_TOKENS
 from synapse.engines.native.layers import Precision, pack_layer
 from synapse.engines.native.model import NativeModel
+from synapse.engines.native.packed.packing import Kind
 from synapse.engines.reference.lora import Stack
 from synapse.engines.reference.transformer import Chunk
 
 Closing = Callable[[NativeModel], NativeModel]
-Kind = Literal["q4", "q8"]
 MINE = (40, 1, 1, 1)
 """Steps of the sequence that is watched: a prompt, then one token at a time."""
 
@@ -91,7 +90,7 @@ def test_whoever_comes_and_goes_changes_no_bit(model: NativeModel, data: st.Data
     assert np.array_equal(watched(model, stack, *beside, place=place), watched(model, stack))
 
 
-@pytest.mark.parametrize("kind", ["q4", "q8"])
+@pytest.mark.parametrize("kind", ["q4", "q4_0", "q8"])
 def test_the_number_of_threads_changes_no_bit(kind: Kind, close: Closing) -> None:
     found = []
     for threads in (1, 2, 3, 4, 9):

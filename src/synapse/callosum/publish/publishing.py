@@ -5,18 +5,17 @@ Who starts a process connects where messages go; `synapse.callosum.publish.recor
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
-import structlog
 from pydantic import BaseModel
 
 from synapse.callosum.message import Message, Tract
 from synapse.commands.call import current_call
 from synapse.evidence import Evidence
+from synapse.log import Logger
 
-log: structlog.stdlib.BoundLogger = structlog.wrap_logger(logging.getLogger("synapse.callosum"))
+log = Logger("synapse.callosum", through_logging=True)
 
 Outlet = Callable[[Message], None]
 """Takes a message in the thread that publishes it, and returns at once."""

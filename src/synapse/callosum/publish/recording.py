@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from synapse.callosum.log.opening import open_log
 from synapse.callosum.message import Message
 from synapse.callosum.publish.hotpath_news import follow_news
 from synapse.callosum.publish.outbox import Deliver, Outbox
@@ -29,6 +28,8 @@ async def recording(context: Context, deliver: Deliver | None = None) -> AsyncIt
     """
 
     async def append(messages: Sequence[Message]) -> None:
+        from synapse.callosum.log.opening import open_log  # noqa: PLC0415 (most processes of a command record nothing)
+
         await (await context.get(open_log)).append(messages)
 
     outbox = Outbox(deliver or append)

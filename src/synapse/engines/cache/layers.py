@@ -161,6 +161,11 @@ class LayerCache:
         self._loader.load(self._path(layer_id)).add_done_callback(note)
 
     @property
+    def fetching(self) -> bool:
+        """Whether any layer is on its way."""
+        return bool(self._fetching)
+
+    @property
     def has_fetched(self) -> bool:
         """Whether `take_fetched` has something to give. Any thread may ask."""
         return not self._fetched.empty()

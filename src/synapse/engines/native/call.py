@@ -16,7 +16,9 @@ from synapse.engines.cache.blocks import BLOCK_TOKENS
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.layers import GROUP, PackedLayer
 from synapse.engines.native.packed.file import PackedModel
+from synapse.engines.native.structs import Inputs, Layer, Matrix, Model, Pool, Step
 from synapse.engines.reference.transformer import Chunk, StepLogits
+from synapse.kernels.structs import address
 from synapse.models.config import PROJECTIONS
 from synapse.models.gguf_file import PARTS
 
@@ -31,19 +33,11 @@ PHASES = 13
 OTHER_PHASES = 4
 SLEEP_NANOSECONDS = 1_000_000
 """How long a thread sleeps at most before it looks again whether a phase is over."""
-STEP_FIELDS = 64
-"""Room for the fields of `Step`."""
-KINDS = {"q4": 4, "q8": 8}
+KINDS = {"q4": 4, "q4_0": 5, "q8": 8}
 LINE = 64
 """Bytes that cores hand over at once: each flag has its own."""
 LANES = 8
 """Numbers of a register in attention: heads have a multiple of them."""
-
-
-def address(array: NDArray[Any]) -> int:
-    """Where an array's first element is. The array must outlive its use."""
-    pointer: int = array.__array_interface__["data"][0]
-    return pointer
 
 
 def padded(number: int) -> int:
@@ -63,39 +57,35 @@ class ModelTable:
         config = tensors.config
         self.config = config
         self._keep: list[object] = [tensors, cos, sin]
-        layers = np.array([self._block(tensors, index) for index in range(config.blocks)], np.int64)
+        layers = (Layer * config.blocks)(*(self._block(tensors, index) for index in range(config.blocks)))
         self._keep.append(layers)
         output = "token_embd.weight" if config.tied else "output.weight"
-        numbers = np.array([config.norm_eps, config.head_dim**-0.5], np.float64).view(np.int64)
-        self._fields = np.array(
-            [
-                *(config.blocks, config.hidden, config.heads, config.kv_heads, config.head_dim),
-                *(cos.shape[1], config.vocab, config.qk_norm, *numbers.tolist()),
-                *(address(cos), address(sin), self._vector(tensors, "output_norm.weight")),
-                *self._matrix(tensors, "token_embd.weight", None),
-                *self._matrix(tensors, output, None),
-                address(layers),
-            ],
-            np.int64,
+        self._model = Model(
+            *(config.blocks, config.hidden, config.heads, config.kv_heads, config.head_dim),
+            *(cos.shape[1], config.vocab, config.qk_norm, config.norm_eps, config.head_dim**-0.5),
+            *(address(cos), address(sin), self._vector(tensors, "output_norm.weight")),
+            *(self._matrix(tensors, "token_embd.weight", None), self._matrix(tensors, output, None)),
+            ctypes.addressof(layers),
         )
-        self.address = address(self._fields)
+        self.address = ctypes.addressof(self._model)
 
-    def _block(self, tensors: PackedModel, index: int) -> list[int]:
+    def _block(self, tensors: PackedModel, index: int) -> Layer:
         config = self.config
         name = {part: f"blk.{index}.{gguf}" for part, gguf in PARTS.items()}
-        fields = [self._vector(tensors, name[part]) for part in ("attention_norm", "ffn_norm")]
-        fields += [self._vector(tensors, name[part]) if config.qk_norm else 0 for part in ("q_norm", "k_norm")]
+        norms = [self._vector(tensors, name[part]) for part in ("attention_norm", "ffn_norm")]
+        norms += [self._vector(tensors, name[part]) if config.qk_norm else 0 for part in ("q_norm", "k_norm")]
+        maps = []
         for projection in PROJECTIONS:
             biased = config.qkv_bias and projection in ("q_proj", "k_proj", "v_proj")
-            fields += self._matrix(tensors, name[projection], name[f"{projection[0]}_bias"] if biased else None)
-        return fields
+            maps.append(self._matrix(tensors, name[projection], name[f"{projection[0]}_bias"] if biased else None))
+        return Layer(*norms, *maps)
 
     def _vector(self, tensors: PackedModel, name: str) -> int:
         array = np.ascontiguousarray(tensors.array(name), np.float32)
         self._keep.append(array)
         return address(array)
 
-    def _matrix(self, tensors: PackedModel, name: str, bias: str | None) -> list[int]:
+    def _matrix(self, tensors: PackedModel, name: str, bias: str | None) -> Matrix:
         out, width = tensors.shape(name)
         vector = 0
         if bias is not None:
@@ -105,10 +95,13 @@ class ModelTable:
             vector = address(array)
         records = tensors.array(name)
         self._keep.append(records)
-        return [
-            *(address(records), KINDS[tensors.kind(name)]),
-            *(padded(out) // GROUP, padded(width) // BLOCK, vector, int(bias is not None)),
-        ]
+        return matrix(records, tensors.kind(name), (out, width), vector)
+
+
+def matrix(records: NDArray[Any], kind: str, shape: tuple[int, int], bias: int) -> Matrix:
+    """A packed matrix [out, in] with its bias at this address, 0 for none."""
+    out, width = shape
+    return Matrix(address(records), KINDS[kind], padded(out) // GROUP, padded(width) // BLOCK, bias, int(bias != 0))
 
 
 class Team:
@@ -125,13 +118,13 @@ class Team:
         self.library = library
         self._keep = keep
         flags = np.zeros((4, LINE // 4), np.int32)
-        step = np.zeros(STEP_FIELDS, np.int64)
+        step = Step()
         phases = np.zeros((OTHER_PHASES + PHASES * blocks, LINE // 8), np.int64)
         lines = [address(flags) + LINE * line for line in range(len(flags))]
         limit = np.array([0, SLEEP_NANOSECONDS], np.int64)
-        pool = np.array([threads, *lines, address(limit), address(step), address(phases)], np.int64)
+        pool = Pool(threads, *lines, address(limit), ctypes.addressof(step), address(phases))
         self._shared = (pool, flags, limit, step, phases)
-        self.address = address(pool)
+        self.address = ctypes.addressof(pool)
         helpers: list[threading.Thread] = []
         self._go_home = weakref.finalize(self, _stop, library, self.address, helpers)
         for number in range(1, threads):  # the system may refuse one: then those before it go home with this object
@@ -139,18 +132,18 @@ class Team:
             helper.start()
             helpers.append(helper)
 
-    def run(self, step: int) -> None:
-        """Compute the step whose struct is at this address."""
-        self.library.engine_step(step)
+    def run(self, step: Step) -> None:
+        """Compute a step."""
+        self.library.engine_step(ctypes.addressof(step))
 
     def close(self) -> None:
         """Send the threads home and wait until they are."""
         self._go_home()
 
 
-def _serve(library: ctypes.CDLL, shared: tuple[NDArray[Any], ...], number: int) -> None:
+def _serve(library: ctypes.CDLL, shared: tuple[Any, ...], number: int) -> None:
     """A helper's life. It holds on to what the threads share."""
-    library.engine_serve(address(shared[0]), number)
+    library.engine_serve(ctypes.addressof(shared[0]), number)
 
 
 def _stop(library: ctypes.CDLL, pool: int, helpers: list[threading.Thread]) -> None:
@@ -177,8 +170,7 @@ class Workspace:
         self._team = team
         self._rows = self._wanted = self._pairs = self._scores = -1
         self._arrays: dict[str, NDArray[Any]] = {}
-        self._scratch: list[int] = []
-        self._fields = np.zeros(STEP_FIELDS, np.int64)
+        self._step = Step(task=WHOLE, model=table.address, pool=team.address, best=min(BEST, table.config.vocab))
 
     def compute(self, chunks: Sequence[Chunk], cache: HalfCache) -> StepLogits:
         """Run the kernel on these chunks. The result is valid until the next call."""
@@ -212,29 +204,18 @@ class Workspace:
         layer_spans = np.array([np.cumsum([0, *sizes])[:-1], sizes], np.int32)
         pair_rows = np.array([row for batch in batches for row in batch.rows], np.int32)
         pair_weights = np.array([weight for batch in batches for weight in batch.weights], np.float32)
-        best = min(BEST, config.vocab)
-        a = self._arrays
-        values = (
-            *(
-                WHOLE,
-                self._table.address,
-                self._team.address,
-                rows,
-                len(chunks),
-                wanted,
-                len(batches),
-                narrow,
-                pairs,
-                rank,
-            ),
-            *(best, cache.blocks, padded(longest)),
-            *(address(array) for array in (tokens, positions, slots, *described, addresses, wanted_rows)),
-            *(address(array) for array in (layer_tables, *layer_spans, pair_rows, pair_weights)),
-            *(address(cache.keys), address(cache.values)),
-            *self._scratch,
-        )
-        self._fields[: len(values)] = values
-        self._team.run(address(self._fields))
+        a, step = self._arrays, self._step
+        step.rows, step.chunks, step.wanted = rows, len(chunks), wanted
+        step.layers, step.narrow, step.pairs, step.rank_room = len(batches), narrow, pairs, rank
+        step.cache_blocks, step.score_room = cache.blocks, padded(longest)
+        step.tokens, step.positions, step.slots = address(tokens), address(positions), address(slots)
+        step.chunk_rows, step.chunk_counts, step.chunk_starts = (address(numbers) for numbers in described)
+        step.chunk_tables, step.wanted_rows = address(addresses), address(wanted_rows)
+        step.layer_tables = address(layer_tables)
+        step.pair_rows, step.pair_weights = address(pair_rows), address(pair_weights)
+        step.layer_pairs, step.layer_counts = (address(numbers) for numbers in layer_spans)
+        step.keys, step.values = address(cache.keys), address(cache.values)
+        self._team.run(step)
         return StepLogits(
             a["logits"][:wanted, : config.vocab],
             a["finite"][:wanted] != 0,
@@ -279,19 +260,18 @@ class Workspace:
         if longest > self._scores:
             self._scores = max(longest, 256)
             a["scores"] = np.zeros((self._team.threads, QUERIES, self._scores), np.float32)
-        self._scratch = [address(a[name]) for name in SCRATCH]
+        for name in SCRATCH:
+            setattr(self._step, name, address(a[name]))
+        self._step.inputs = Inputs(*(address(a[name]) for name in INPUTS))
+        self._step.inner = Inputs(*(address(a[f"inner_{name}"]) for name in INPUTS))
 
 
-_INPUTS = ("codes8", "scale8", "sum8", "codes16", "scale16")
+INPUTS = ("codes8", "scale8", "sum8", "codes16", "scale16")
 SCRATCH = (
     *("x", "h", "q", "k", "v", "mixed", "gate", "up", "u", "scores"),
-    *_INPUTS,
-    *(f"inner_{name}" for name in _INPUTS),
     *("logits", "best_tokens", "best_logits", "finite"),
 )
-"""The scratch arrays in the order of `Step`."""
-FIRST_SCRATCH = 28
-"""Fields of `Step` before them."""
+"""The scratch arrays that `Step` names."""
 
 
 def _by_layer(chunks: Sequence[Chunk]) -> tuple[list[_Batch], int]:

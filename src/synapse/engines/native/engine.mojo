@@ -7,18 +7,18 @@ provides every array, and `call.py` describes them.
 """
 
 from std.atomic import Atomic
-from std.sys import CompilationTarget
+from std.sys import CompilationTarget, size_of
 from std.sys.intrinsics import prefetch
 
 from engine_attention import MOST_QUERIES, Cache, Table, attend, store_key, store_value
 from engine_lora import Factors, Rows, STRIP, expand, shrink
-from engine_matrix import BLOCK, GROUP, Q4, Q8, TILE, Bytes, Floats, Halves, Inputs, Matrix, element, multiply, quantise, quantise_block
+from engine_matrix import BLOCK, GROUP, Q8, Bytes, Floats, Halves, Inputs, Matrix, element, multiply, place_of, quantise, quantise_block
 from engine_model import ONE_MAP, WHOLE, Addresses, Layer, Model, Step
 from engine_pool import Pool, Work, announce_job, begin_job, is_current, look, wait_for_job
 from engine_rows import add, gated, rms_norm, rotate
 from engine_top import best
 
-comptime ABI_VERSION = 2
+comptime ABI_VERSION = 3
 comptime UNIT = BLOCK // GROUP  # groups of a unit of work: its outputs are one block of the next map's inputs
 comptime PIECES = 4  # a thread takes the units of a small phase in so many pieces
 comptime LINE = 64  # bytes of a cache line
@@ -65,7 +65,7 @@ def shrink_all(
             var rows = step.pair_rows.unsafe_offset(pair)
             var weights = step.pair_weights.unsafe_offset(pair)
             var number = Int(step.layer_counts.unsafe_offset(layer)[])
-            shrink(factors, strip, stride, x, inputs, rows, weights, number, target, step.rank_room)
+            shrink(factors, strip, stride, x, inputs, step.rows, rows, weights, number, target, step.rank_room)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -114,20 +114,18 @@ def linear(
 ):
     """32 outputs of a linear map with its layers, for every row.
 
-    What the layers add is asked for while the rows of the first 16 outputs go through the model's own product, and
-    what comes afterwards with those of the others: too many requests at once would only queue.
+    What the layers add is asked for before the rows go through the model's own product for the first 16 outputs, and
+    what comes afterwards before they do for the others: too many requests at once would only queue.
     """
-    var tiles = (step.rows + TILE - 1) // TILE
-    for number in range(UNIT * tiles):
-        var group, tile = number // tiles, number % tiles
-        for layer in range(step.layers * tile // tiles, step.layers * (tile + 1) // tiles):
+    for group in range(UNIT):
+        for layer in range(step.layers):
             if group == 0:
                 var factors = factors_of(step, layer, block, map)
                 var bytes = factors.rank * GROUP * factors.kind * UNIT
                 ask(factors.B, unit * bytes, (unit + 1) * bytes)
             else:
                 coming.ask(step, layer)
-        multiply(matrix, unit * UNIT + group, inputs, tile * TILE, min(TILE, step.rows - tile * TILE), y, stride)
+        multiply(matrix, unit * UNIT + group, inputs, step.rows, y, stride)
     for layer in range(step.layers):
         var factors = factors_of(step, layer, block, map)
         if factors.rank == 0:
@@ -151,6 +149,7 @@ def project(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
             break
         first *= length
         for unit in range(first, min(first + length, units)):
+            ask_for_places(step, block, unit, units)
             var coming = Coming(block, 3, 1, layer.o.blocks * BLOCK, unit, units)
             if unit < q_units:
                 linear(step, layer.q, step.inputs, unit, block, 0, 0, step.q, layer.q.groups * GROUP, coming)
@@ -162,6 +161,27 @@ def project(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
                 linear(step, layer.v, step.inputs, at, block, 2, 2, step.v, layer.k.groups * GROUP, coming)
         work.done(phase)
     work.wait(phase, pieces)
+
+
+@always_inline
+def key_place(step: Step, block: Int, head: Int, row: Int) -> Halves:
+    """The block of the cache where the key of a row goes."""
+    ref model = step.model[]
+    var number = Int(step.slots.unsafe_offset(row)[]) // BLOCK
+    var at = (block * model.kv_heads + head) * step.cache_blocks + number
+    return step.keys.unsafe_offset(at * BLOCK * model.head_dim)
+
+
+@always_inline
+def ask_for_places(step: Step, block: Int, part: Int, parts: Int):
+    """Asks for a share of the places where the keys of a block will go: each of their numbers has a line of its own."""
+    ref model = step.model[]
+    if step.rows != step.chunks:
+        return  # rows of a prompt follow one another in the same lines
+    var total = step.rows * model.kv_heads
+    for piece in range(total * part // parts, total * (part + 1) // parts):
+        var place = key_place(step, block, piece % model.kv_heads, piece // model.kv_heads)
+        ask(Bytes(unsafe_from_address=Int(place)), 0, BLOCK * model.head_dim * 2)
 
 
 def place(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
@@ -194,8 +214,8 @@ def place(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
             rotate(key, cos, sin, model.half)
             var value = step.v.unsafe_offset(row * layer.k.groups * GROUP + head * size)
             var slot = Int(step.slots.unsafe_offset(row)[])
+            store_key(key_place(step, block, head, row), slot % BLOCK, key, size)
             var at = ((block * model.kv_heads + head) * step.cache_blocks + slot // BLOCK) * BLOCK * size
-            store_key(step.keys.unsafe_offset(at), slot % BLOCK, key, size)
             store_value(step.values.unsafe_offset(at), slot % BLOCK, value, size)
         work.done(phase)
     work.wait(phase, pieces)
@@ -296,8 +316,8 @@ def feed_forward(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
             for row in range(step.rows):
                 var at = row * stride + unit * BLOCK
                 gated(step.gate.unsafe_offset(at), step.up.unsafe_offset(at), BLOCK)
-                var place = row * units + unit
-                quantise_block(step.gate.unsafe_offset(at), place, step.inner, layer.down.kind == Q4 or step.narrow != 0, layer.down.kind == Q8)
+                var place = place_of(step.rows, units, row, unit)
+                quantise_block(step.gate.unsafe_offset(at), place, step.inner, layer.down.kind != Q8 or step.narrow != 0, layer.down.kind == Q8)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -316,7 +336,7 @@ def normalise(step: Step, work: Work, phase: Int, weight: Floats, stride: Int, w
         for row in range(first, min(first + length, total)):
             var h = step.h.unsafe_offset(row * stride)
             rms_norm(step.x.unsafe_offset(row * stride), weight, model.hidden, Float32(model.epsilon), h, stride)
-            quantise(h, row, stride // BLOCK, step.inputs, want8, want16)
+            quantise(h, step.rows, row, stride // BLOCK, step.inputs, want8, want16)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -332,7 +352,7 @@ def quantise_rows(step: Step, work: Work, phase: Int, x: Floats, blocks: Int, wa
             break
         first *= length
         for row in range(first, min(first + length, total)):
-            quantise(x.unsafe_offset(row * blocks * BLOCK), row, blocks, step.inputs, want8, want16)
+            quantise(x.unsafe_offset(row * blocks * BLOCK), step.rows, row, blocks, step.inputs, want8, want16)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -363,7 +383,7 @@ def finish(step: Step, work: Work, phase: Int, stride: Int):
         var row = Int(step.wanted_rows.unsafe_offset(index)[])
         var h = step.h.unsafe_offset(index * stride)
         rms_norm(step.x.unsafe_offset(row * stride), model.output_norm, model.hidden, Float32(model.epsilon), h, stride)
-        quantise(h, index, stride // BLOCK, step.inputs, model.output.kind == Q4, model.output.kind == Q8)
+        quantise(h, step.wanted, index, stride // BLOCK, step.inputs, model.output.kind != Q8, model.output.kind == Q8)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -380,7 +400,7 @@ def predict(step: Step, work: Work, phase: Int):
             break
         first *= length
         for group in range(first * UNIT, min(first + length, units) * UNIT):
-            multiply(model.output, group, step.inputs, 0, step.wanted, step.logits, model.output.groups * GROUP)
+            multiply(model.output, group, step.inputs, step.wanted, step.logits, model.output.groups * GROUP)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -408,13 +428,13 @@ def choose(step: Step, work: Work, phase: Int):
 def map_rows(step: Step, work: Work):
     """One linear map: x [rows, 32 * blocks] -> h [rows, 16 * groups]."""
     ref matrix = step.matrix
-    quantise_rows(step, work, 0, step.x, matrix.blocks, matrix.kind == Q4, matrix.kind == Q8)
+    quantise_rows(step, work, 0, step.x, matrix.blocks, matrix.kind != Q8, matrix.kind == Q8)
     var pieces = matrix.groups
     while True:
         var group = work.take(1, pieces)
         if group < 0:
             break
-        multiply(matrix, group, step.inputs, 0, step.rows, step.h, matrix.groups * GROUP)
+        multiply(matrix, group, step.inputs, step.rows, step.h, matrix.groups * GROUP)
         work.done(1)
     work.wait(1, pieces)
 
@@ -430,7 +450,7 @@ def run(step: Step, work: Work):
     embed(step, work, phase, width)
     for block in range(model.blocks):
         ref layer = model.layers.unsafe_offset(block)[]
-        var attention8 = step.narrow != 0 or layer.q.kind == Q4 or layer.k.kind == Q4 or layer.v.kind == Q4
+        var attention8 = step.narrow != 0 or layer.q.kind != Q8 or layer.k.kind != Q8 or layer.v.kind != Q8
         var attention16 = layer.q.kind == Q8 or layer.k.kind == Q8 or layer.v.kind == Q8
         normalise(step, work, phase + 1, layer.attention_norm, width, attention8, attention16)
         if step.layers > 0:
@@ -438,12 +458,12 @@ def run(step: Step, work: Work):
         project(step, work, phase + 3, block, layer)
         place(step, work, phase + 4, block, layer)
         look_back(step, work, phase + 5, block, layer)
-        var mixed8 = step.narrow != 0 or layer.o.kind == Q4
+        var mixed8 = step.narrow != 0 or layer.o.kind != Q8
         quantise_rows(step, work, phase + 6, step.mixed, layer.o.blocks, mixed8, layer.o.kind == Q8)
         if step.layers > 0:
             shrink_all(step, work, phase + 7, block, 3, 1, step.mixed, step.inputs, layer.o.blocks * BLOCK)
         add_outputs(step, work, phase + 8, block, layer.o, step.inputs, 3, step.h)
-        var ffn8 = step.narrow != 0 or layer.gate.kind == Q4 or layer.up.kind == Q4
+        var ffn8 = step.narrow != 0 or layer.gate.kind != Q8 or layer.up.kind != Q8
         var ffn16 = layer.gate.kind == Q8 or layer.up.kind == Q8
         normalise(step, work, phase + 9, layer.ffn_norm, width, ffn8, ffn16)
         if step.layers > 0:
@@ -463,6 +483,22 @@ def run(step: Step, work: Work):
 @export("engine_abi_version")
 def engine_abi_version() abi("C") -> Int:
     return ABI_VERSION
+
+
+@export("engine_struct_size")
+def engine_struct_size(number: Int) abi("C") -> Int:
+    """The size of each structure, in the order of `native.structs.STRUCTS`."""
+    if number == 0:
+        return size_of[Matrix]()
+    if number == 1:
+        return size_of[Inputs]()
+    if number == 2:
+        return size_of[Layer]()
+    if number == 3:
+        return size_of[Model]()
+    if number == 4:
+        return size_of[Pool]()
+    return size_of[Step]() if number == 5 else 0
 
 
 @export("engine_cpu_features")

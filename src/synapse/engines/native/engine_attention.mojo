@@ -5,6 +5,7 @@ are made side by side and no sum goes across a register; the values lie by token
 """
 
 from std.math import exp, fma
+from std.sys.intrinsics import prefetch
 
 from engine_matrix import Floats, Halves
 
@@ -63,8 +64,10 @@ def attend[Q: Int](
     var blocks = (longest + TOKENS - 1) // TOKENS
     for block in range(blocks):
         var keys = cache.key_block(block)
+        var coming = cache.key_block(block + 1) if block + 1 < blocks else cache.value_block(0)
         var sums = Array[Lane, Q * 4](fill=Lane(0))
         for d in range(cache.size):
+            prefetch(coming.unsafe_offset(d * TOKENS))  # blocks lie anywhere, so that the CPU cannot guess the next
             var factors = Array[Lane, Q](fill=Lane(0))
             comptime for q in range(Q):
                 factors[q] = Lane(queries[q].unsafe_offset(d)[])
@@ -116,10 +119,13 @@ def mix[Q: Int, P: Int](
 ):
     """The weighted sum of the values' dimensions from `first` on, P registers of them."""
     var sums = Array[Lane, Q * P](fill=Lane(0))
-    for block in range((longest + TOKENS - 1) // TOKENS):
+    var blocks = (longest + TOKENS - 1) // TOKENS
+    for block in range(blocks):
         var values = cache.value_block(block).unsafe_offset(first)
+        var coming = cache.value_block(min(block + 1, blocks - 1)).unsafe_offset(first)
         var here = min(TOKENS, longest - block * TOKENS)
         for token in range(here):
+            prefetch(coming.unsafe_offset(token * cache.size))
             var factors = Array[Lane, Q](fill=Lane(0))
             comptime for q in range(Q):
                 factors[q] = Lane(scores.unsafe_offset(q * room + block * TOKENS + token)[])

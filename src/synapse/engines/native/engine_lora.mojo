@@ -13,7 +13,7 @@ from std.memory import bitcast
 from std.sys import CompilationTarget, llvm_intrinsic
 from std.sys.intrinsics import prefetch
 
-from engine_matrix import BLOCK, GROUP, HAS_AVX2, HAS_AVX512, SMALLEST, Bytes, Codes8, Floats, Inputs
+from engine_matrix import BLOCK, GROUP, HAS_AVX2, HAS_AVX512, SMALLEST, Bytes, Codes8, Floats, Inputs, place_of
 
 comptime STRIP = 8
 comptime Lane = SIMD[DType.float32, STRIP]
@@ -102,7 +102,7 @@ def shrink_floats[C: Int](
 
 @always_inline
 def shrink_codes[C: Int](
-    factors: Factors, strip: Int, width: Int, inputs: Inputs, rows: Rows, weights: Floats, target: Floats, room: Int
+    factors: Factors, strip: Int, width: Int, inputs: Inputs, all_rows: Int, rows: Rows, weights: Floats, target: Floats, room: Int
 ):
     var blocks = width // BLOCK
     var acc = Array[Lane, C](fill=Lane(0))
@@ -114,10 +114,10 @@ def shrink_codes[C: Int](
             comptime if quad % 2 == 0:
                 prefetch(A.unsafe_offset(4 * quad * STRIP + AHEAD))
             comptime for c in range(C):
-                var at = (Int(rows.unsafe_offset(c)[]) * blocks + block) * BLOCK + 4 * quad
+                var at = place_of(all_rows, blocks, Int(rows.unsafe_offset(c)[]), block) * BLOCK + 4 * quad
                 sums[c] = dot4(sums[c], codes, spread(inputs.codes8.unsafe_offset(at)))
         comptime for c in range(C):
-            var scale = inputs.scale8.unsafe_offset(Int(rows.unsafe_offset(c)[]) * blocks + block)[]
+            var scale = inputs.scale8.unsafe_offset(place_of(all_rows, blocks, Int(rows.unsafe_offset(c)[]), block))[]
             acc[c] = fma(sums[c].cast[DType.float32](), Lane(scale), acc[c])
         A = A.unsafe_offset(BLOCK * STRIP)
     var scales = factors.scales.unsafe_offset(strip * STRIP).unsafe_load[width=STRIP]()
@@ -147,6 +147,7 @@ def shrink(
     width: Int,
     x: Floats,
     inputs: Inputs,
+    all_rows: Int,
     rows: Rows,
     weights: Floats,
     count: Int,
@@ -155,7 +156,7 @@ def shrink(
 ):
     """For `count` rows: target[i * room + rank] = weight scale (A x) of one strip of ranks, as `expand` reads it.
 
-    `width` is a multiple of 32; x is [rows, width], and `inputs` has its 8-bit form."""
+    `width` is a multiple of 32; x is [all_rows, width], and `inputs` has its 8-bit form."""
     var i = 0
     while i < count:
         var here = rows.unsafe_offset(i)
@@ -169,10 +170,10 @@ def shrink(
                 shrink_floats[1](factors, strip, width, x, here, heavy, to, room)
                 i += 1
         elif i + 4 <= count:
-            shrink_codes[4](factors, strip, width, inputs, here, heavy, to, room)
+            shrink_codes[4](factors, strip, width, inputs, all_rows, here, heavy, to, room)
             i += 4
         else:
-            shrink_codes[1](factors, strip, width, inputs, here, heavy, to, room)
+            shrink_codes[1](factors, strip, width, inputs, all_rows, here, heavy, to, room)
             i += 1
 
 

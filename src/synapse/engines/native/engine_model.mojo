@@ -1,4 +1,4 @@
-"""What the kernel is given: a model, and a step for it to compute. `call.py` writes the same fields, one by one."""
+"""What the kernel is given: a model, and a step for it to compute. `structs.py` has the same fields, one by one."""
 
 from engine_attention import Table
 from engine_lora import Rows
@@ -13,7 +13,7 @@ comptime Addresses = Pointer[Int, MutUntrackedOrigin]
 
 @fieldwise_init
 struct Layer(Copyable, Movable):
-    """The weights of one transformer block; `native.call.model_array` writes the same fields."""
+    """The weights of one transformer block; `native.structs.Layer` has the same fields."""
 
     var attention_norm: Floats
     var ffn_norm: Floats

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +10,7 @@ from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.layers import PackedLayer, Precision, pack_layer
 from synapse.engines.native.model import NativeModel
 from synapse.engines.native.packed.file import PackedModel
+from synapse.engines.native.packed.packing import Kind
 from synapse.engines.reference.transformer import Chunk
 from synapse.models.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS, ModelConfig, RopeConfig
@@ -42,7 +41,7 @@ def small_config(architecture: str, *, tied: bool) -> ModelConfig:
     )
 
 
-def small_model(config: ModelConfig, kind: Literal["q4", "q8"], random: np.random.Generator) -> PackedModel:
+def small_model(config: ModelConfig, kind: Kind, random: np.random.Generator) -> PackedModel:
     """Random weights, packed."""
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab, config.hidden)}
     if not config.tied:
@@ -81,11 +80,12 @@ def small_layer(name: str, config: ModelConfig, rank: int, precision: Precision,
 def examples(threads: int = 2) -> list[Call]:
     """Steps without state: several sequences from their beginning, with and without layers."""
     calls: list[Call] = []
-    cases: tuple[tuple[str, bool, Literal["q4", "q8"]], ...] = (
+    cases: tuple[tuple[str, bool, Kind], ...] = (
         ("llama", True, "q8"),
         ("qwen2", False, "q4"),
         ("qwen3", True, "q8"),
         ("llama", False, "q4"),
+        ("llama", True, "q4_0"),
     )
     for seed, (architecture, tied, kind) in enumerate(cases):
         random = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ import numpy as np
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.examples import examples
 from synapse.engines.native.model import NativeModel
+from synapse.engines.native.structs import STRUCTS
 from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.kernels.cache import found_build
 from synapse.kernels.checks import load_found
@@ -105,8 +106,9 @@ def bind(path: Path) -> Forward:
 KERNEL = KernelSpec(
     name="engine",
     source=Path(__file__).with_name("engine.mojo"),
-    symbols=tuple(f"engine_{name}" for name in ("abi_version", "cpu_features", "step", "serve", "stop")),
-    abi_version=2,
+    symbols=tuple(f"engine_{name}" for name in ("abi_version", "cpu_features", "struct_size", "step", "serve", "stop")),
+    abi_version=3,
+    structs=STRUCTS,
     self_test=self_test,
     declare=declare,
 )

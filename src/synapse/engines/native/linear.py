@@ -12,25 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.engines.native.call import (
-    BLOCK,
-    FIRST_SCRATCH,
-    KINDS,
-    ONE_MAP,
-    SCRATCH,
-    STEP_FIELDS,
-    Team,
-    address,
-    padded,
-)
+from synapse.engines.native.call import BLOCK, ONE_MAP, Team, matrix, padded
 from synapse.engines.native.kernel import KERNEL, find
-from synapse.engines.native.layers import GROUP
 from synapse.engines.native.model import MOST_THREADS, cores
 from synapse.engines.native.packed.packing import quantise_q8, unpack
+from synapse.engines.native.structs import Inputs, Step
 from synapse.hotpath.paths import hotpath
 from synapse.hotpath.rollout.plan import Plan, Stage
 from synapse.kernels.checks import load_found
 from synapse.kernels.native import NativeSide
+from synapse.kernels.structs import address
 
 Array = NDArray[np.float32]
 TOLERANCE = 1e-3
@@ -70,7 +61,7 @@ class Mapper:
         self._team = Team(library, threads, 0)
         self._lock = threading.Lock()
         self._rows = self._width = 0
-        self._arrays: dict[str, NDArray[Any]] = {}
+        self._codes, self._scales = np.empty((0, 0), np.int16), np.empty((0, 0), np.float32)
 
     def apply(self, linear: Int8Map, x: Array) -> Array:
         """The map of x, float32[rows, in]."""
@@ -82,27 +73,17 @@ class Mapper:
         y = np.empty((rows, padded(out)), np.float32)
         with self._lock:
             self._make_room(rows, padded(width))
-            fields = np.zeros(STEP_FIELDS, np.int64)
-            fields[0], fields[2], fields[3] = ONE_MAP, self._team.address, rows
-            places = {"x": x, "h": y, **self._arrays}
-            for index, name in enumerate(SCRATCH):
-                if name in places:
-                    fields[FIRST_SCRATCH + index] = address(places[name])
-            matrix = FIRST_SCRATCH + len(SCRATCH)
-            fields[matrix : matrix + 6] = (
-                *(address(linear.records), KINDS["q8"], padded(out) // GROUP, padded(width) // BLOCK),
-                *(address(linear.bias), 1),
-            )
-            self._team.run(address(fields))
+            step = Step(task=ONE_MAP, pool=self._team.address, rows=rows, x=address(x), h=address(y))
+            step.inputs = Inputs(codes16=address(self._codes), scale16=address(self._scales))
+            step.matrix = matrix(linear.records, "q8", linear.shape, address(linear.bias))
+            self._team.run(step)
         return np.ascontiguousarray(y[:, :out])
 
     def _make_room(self, rows: int, width: int) -> None:
         if rows > self._rows or width > self._width:
             self._rows, self._width = max(rows, self._rows), max(width, self._width)
-            self._arrays = {
-                "codes16": np.empty((self._rows, self._width), np.int16),
-                "scale16": np.empty((self._rows, self._width // BLOCK), np.float32),
-            }
+            self._codes = np.empty((self._rows, self._width), np.int16)
+            self._scales = np.empty((self._rows, self._width // BLOCK), np.float32)
 
 
 @cache

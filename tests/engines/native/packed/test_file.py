@@ -81,7 +81,7 @@ def test_weights_of_the_same_form_come_back_exactly(
         tmp_path / "small.gguf", architecture=architecture, tensors=stored_as(type_, 100), vocab=100
     )
     model, file = opened(path, folder)
-    assert {model.kind(name) for name in model.names} == {"f32", "q8" if type_ == "Q8_0" else "q4"}
+    assert {model.kind(name) for name in model.names} == {"f32", {"Q8_0": "q8", "Q4_1": "q4"}.get(type_, "q4_0")}
     assert_same_weights(model, file)
 
 
@@ -98,12 +98,13 @@ def test_rows_and_parts_of_a_matrix_are_those_of_the_whole(tmp_path: Path, folde
 @pytest.mark.parametrize(
     ("quantisation", "type_", "inner", "outer"),
     [
-        ("auto", "Q4_0", "q4", "q4"),
+        ("auto", "Q4_0", "q4_0", "q4_0"),
         ("auto", "Q8_0", "q8", "q8"),
         ("auto", "Q5_1", "q8", "q8"),
         ("auto", "F16", "q8", "q8"),
         ("int8", "Q4_1", "q8", "q8"),
         ("int8", "F32", "q8", "q8"),
+        ("4bit", "Q4_0", "q4_0", "q4_0"),
         ("4bit", "Q4_1", "q4", "q4"),
         ("4bit", "Q8_0", "q4", "q8"),
         ("4bit", "BF16", "q4", "q8"),
@@ -146,7 +147,7 @@ def test_the_file_is_laid_out_as_it_is_described(tmp_path: Path, folder: Path) -
     path = write_small_gguf(tmp_path / "small.gguf", tensors=tensors)
     model, file = opened(path, folder)
     pack, source = the_pack(folder), sha256_of(path)
-    assert pack.name == f"{source}-auto-v1.pack"
+    assert pack.name == f"{source}-auto-v2.pack"
     data = pack.read_bytes()
     length = int.from_bytes(data[8:16], "little")
     header = json.loads(data[16 : 16 + length])
@@ -155,7 +156,7 @@ def test_the_file_is_laid_out_as_it_is_described(tmp_path: Path, folder: Path) -
     assert data[:8] == b"SYNPACK1"
     assert not any(data[16 + length : start])
     assert header.keys() == {"version", "source", "quantisation", "payload_sha256", "payload_bytes", "tensors"}
-    assert (header["version"], header["source"], header["quantisation"]) == (1, source, "auto")
+    assert (header["version"], header["source"], header["quantisation"]) == (2, source, "auto")
     assert header["payload_sha256"] == hashlib.sha256(payload).hexdigest()
     assert header["payload_bytes"] == model.bytes == len(payload)
     assert header["tensors"].keys() == set(model.names)
@@ -349,7 +350,7 @@ def test_processes_that_start_at_once_make_it_once(tmp_path: Path, folder: Path)
         process.communicate("end\n")
         assert process.returncode == 0
     assert len(found) == 1, found
-    assert the_pack(folder).name.endswith("-auto-v1.pack")
+    assert the_pack(folder).name.endswith("-auto-v2.pack")
 
 
 @pytest.mark.slow
@@ -357,7 +358,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_anyone_takes(defau
     process = subprocess.Popen(
         [sys.executable, "-c", OPEN + "open_packed(file, sha256, folder)", str(default_model), str(folder)]
     )
-    partial = folder / f"{source_sha256(default_model, folder)}-auto-v1.partial"
+    partial = folder / f"{source_sha256(default_model, folder)}-auto-v2.partial"
     deadline = time.monotonic() + 60
     while not partial.exists() or partial.stat().st_size < 10_000_000:
         assert time.monotonic() < deadline

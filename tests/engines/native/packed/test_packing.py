@@ -19,10 +19,12 @@ from synapse.engines.native.packed.packing import (
     as_records,
     pack_matrix,
     pack_q4,
+    pack_q4_0,
     pack_q8,
     pack_rows,
     packed_bytes,
     quantise_q4,
+    quantise_q4_0,
     quantise_q8,
     unpack,
     unpack_rows,
@@ -31,7 +33,7 @@ from synapse.models.errors import ModelFileCorrupt
 from synapse.models.gguf_file import TENSOR_TYPES
 
 Array = NDArray[np.float32]
-LOSSLESS: list[tuple[str, Kind]] = [("Q4_0", "q4"), ("Q4_1", "q4"), ("Q8_0", "q8")]
+LOSSLESS: list[tuple[str, Kind]] = [("Q4_0", "q4"), ("Q4_0", "q4_0"), ("Q4_1", "q4"), ("Q8_0", "q8")]
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 130))
 
 
@@ -75,7 +77,7 @@ def scales(kind: Kind, records: NDArray[Any], rows: int) -> Array:
 
 
 def packed_both_ways(values: Array) -> list[tuple[Kind, NDArray[Any]]]:
-    return [("q4", quantise_q4(values)), ("q8", quantise_q8(values))]
+    return [("q4", quantise_q4(values)), ("q4_0", quantise_q4_0(values)), ("q8", quantise_q8(values))]
 
 
 def by_block(values: Array) -> Array:
@@ -95,6 +97,19 @@ def test_every_byte_of_q4_is_where_the_format_says(out: int, blocks: int, seed: 
     data = records.tobytes()
     for output, number in {(0, 0), (out - 1, 32 * blocks - 1), (out // 2, 13), (out // 3, 22), (out - 1, 7)}:
         assert weight_of_q4(data, blocks, output, number) == values[output, number]
+
+
+@given(out=st.integers(1, 40), blocks=st.integers(1, 3), seed=st.integers(0, 9))
+def test_q4_0_is_q4_without_its_offsets(out: int, blocks: int, seed: int) -> None:
+    d, _, codes = any_q4(out, blocks, seed)
+    records, longer = pack_q4_0(d, codes), pack_q4(d, np.zeros_like(d), codes)
+    assert records.nbytes == packed_bytes("q4_0", (out, 32 * blocks)) == -(-out // 32) * 2 * blocks * 288
+    data, others = (array.tobytes() for array in (records, longer))
+    assert [data[at : at + 32] + data[at + 32 : at + 288] for at in range(0, len(data), 288)] == [
+        others[at : at + 32] + others[at + 64 : at + 320] for at in range(0, len(others), 320)
+    ]
+    expected = (codes.reshape(out, blocks, 32) - np.float32(8)) * d.astype(np.float32)[..., None]
+    np.testing.assert_array_equal(unpack("q4_0", records, (out, 32 * blocks)), expected.reshape(out, -1))
 
 
 @given(out=st.integers(1, 40), blocks=st.integers(1, 3), seed=st.integers(0, 9))

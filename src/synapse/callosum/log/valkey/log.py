@@ -263,7 +263,8 @@ class ValkeyLog:
             uid, group, pattern = (value.decode() for value in values[at : at + 3])
             read_at = int(values[at + 7]) / 1000
             waiting = sum([await self._waiting(uid, group, pattern, tract) for tract in Tract])
-            found.append(GroupStats(group, pattern, waiting, *map(int, values[at + 3 : at + 7]), read_at=read_at))
+            pending, handled, redelivered, dead = map(int, values[at + 3 : at + 7])
+            found.append(GroupStats(group, pattern, waiting, pending, handled, redelivered, dead, read_at))
         return LogStats(kept, accepted, duplicates, tuple(sorted(found, key=lambda one: one.group)), dropped)
 
     async def _waiting(self, uid: str, group: str, pattern: str, tract: Tract) -> int:

@@ -1,13 +1,13 @@
 """The packed model on disk: made once from a GGUF file, checked whenever it is opened, mapped by every process.
 
-`<folder>/<sha256 of the GGUF file>-<quantisation>-v1.pack`, little-endian:
+`<folder>/<sha256 of the GGUF file>-<quantisation>-v2.pack`, little-endian:
 
 8 bytes     "SYNPACK1"
 8 bytes     length of the header
 header      JSON: version, source (that sha256), quantisation, payload_sha256, payload_bytes, and for each tensor its
-            kind (q4, q8 or f32), shape, offset from the start of the payload, and bytes
+            kind (q4, q4_0, q8 or f32), shape, offset from the start of the payload, and bytes
 zeros       up to a multiple of 4096
-payload     the tensors in the order of the header, each from the next multiple of 64 on; q4 and q8 as in `packing`
+payload     the tensors in the order of the header, each from the next multiple of 64 on; matrices as in `packing`
 
 All of the header but payload_sha256 follows from the GGUF file and the quantisation, so nothing in it has to be
 believed: a file is sound when the sha256 of its payload gives the very header that it begins with. One that is not is
@@ -29,7 +29,6 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import structlog
 from filelock import FileLock
 from numpy.typing import NDArray
 
@@ -38,16 +37,17 @@ from synapse.engines.native.packed.packing import FOUR_BIT, Kind, pack_matrix, p
 from synapse.engines.native.packed.quantising import HINT
 from synapse.errors import Corrupt, Unavailable
 from synapse.kernels.mapped_file import MappedFile
+from synapse.log import Logger
 from synapse.models.errors import ModelFileCorrupt
 from synapse.models.gguf_file import ModelFile
 from synapse.models.transfer import DiskFull, disk_errors, flush, sha256_of
 
 __all__ = ["PackedFileDamaged", "PackedModel", "Quantisation", "open_packed"]
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 MAGIC = b"SYNPACK1"
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 _OUTER = ("token_embd.weight", "output.weight")
 
@@ -108,9 +108,11 @@ class _Layout:
     def _store(self, name: str, shape: tuple[int, ...]) -> tuple[TensorKind, int]:
         if len(shape) == 1:
             return "f32", 4 * prod(shape)
-        four_bit = self._file.types[name].name in FOUR_BIT
-        four = {"auto": four_bit, "int8": False, "4bit": four_bit or name not in _OUTER}[self._quantisation]
-        kind: Kind = "q4" if four else "q8"
+        kind: Kind = FOUR_BIT.get(self._file.types[name].name, "q8")
+        if self._quantisation == "int8":
+            kind = "q8"
+        elif self._quantisation == "4bit" and kind == "q8" and name not in _OUTER:
+            kind = "q4"
         return kind, packed_bytes(kind, (shape[0], shape[1]))
 
     def front(self, payload_sha256: str) -> bytes:

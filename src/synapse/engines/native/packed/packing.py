@@ -7,6 +7,8 @@ brings the same four (or two) inputs of all 16 outputs, which is what one dot-pr
 q4, 320 bytes: float16 d[16], m[16]; codes[4][16][4], where byte (j, o, i) has in its low half the code of input 8j + i
 of output o, and in its high half that of input 8j + 4 + i. value = d * code + m, codes 0 to 15.
 
+q4_0, 288 bytes: float16 d[16]; codes as of q4. value = d * (code - 8): blocks of Q4_0, a tenth less to read.
+
 q8, 544 bytes: float16 d[16]; int8 codes[16][16][2], where (p, o, i) is the code of input 2p + i of output o.
 value = d * code, codes -127 to 127.
 
@@ -21,13 +23,13 @@ from typing import Any, Literal
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
-from gguf.quants import Q4_K, dequantize
+from gguf.quants import Q4_K, dequantize, quantize
 from numpy.typing import NDArray
 
 from synapse.engines.native.packed.quantising import BLOCK, HINT, round_q4, round_q8
 from synapse.models.errors import ModelFileCorrupt
 
-Kind = Literal["q4", "q8"]
+Kind = Literal["q4", "q4_0", "q8"]
 Array = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Records = NDArray[Any]
@@ -37,10 +39,11 @@ GROUP = 16
 """Outputs of a record."""
 RECORD = {
     "q4": np.dtype([("d", "<f2", GROUP), ("m", "<f2", GROUP), ("codes", "u1", (4, GROUP, 4))]),
+    "q4_0": np.dtype([("d", "<f2", GROUP), ("codes", "u1", (4, GROUP, 4))]),
     "q8": np.dtype([("d", "<f2", GROUP), ("codes", "i1", (16, GROUP, 2))]),
 }
-FOUR_BIT = ("Q4_0", "Q4_1", "Q4_K")
-"""The types of GGUF that become q4 as they are; of Q4_K the products of two scales are rounded to float16."""
+FOUR_BIT: dict[str, Kind] = {"Q4_0": "q4_0", "Q4_1": "q4", "Q4_K": "q4"}
+"""What the 4-bit types of GGUF become as they are; of Q4_K the products of two scales are rounded to float16."""
 
 _PIECE = 2**16  # weights handled at a time: few calls, and the temporaries stay in the cache
 
@@ -66,10 +69,20 @@ def pack_q4(d: NDArray[Any], m: NDArray[Any], codes: Bytes) -> Records:
     Raises:
         ModelFileCorrupt: a scale or an offset is not finite in float16.
     """
-    words = np.ascontiguousarray(codes).view("<u4").reshape(*d.shape, 8)  # four neighbouring inputs each
-    records = np.empty((padded(len(d)) // GROUP, d.shape[1]), RECORD["q4"])
-    records["d"] = _by_group(_scales(d))
+    records = _four_bit("q4", d, codes)
     records["m"] = _by_group(_scales(m))
+    return records
+
+
+def pack_q4_0(d: NDArray[Any], codes: Bytes) -> Records:
+    """The same of a matrix whose offsets are -8 d."""
+    return _four_bit("q4_0", d, codes)
+
+
+def _four_bit(kind: Kind, d: NDArray[Any], codes: Bytes) -> Records:
+    words = np.ascontiguousarray(codes).view("<u4").reshape(*d.shape, 8)  # four neighbouring inputs each
+    records = np.empty((padded(len(d)) // GROUP, d.shape[1]), RECORD[kind])
+    records["d"] = _by_group(_scales(d))
     records["codes"].view("<u4")[..., 0] = _by_group(words[..., 0::2] | words[..., 1::2] << 4)
     return records
 
@@ -92,9 +105,20 @@ def quantise_q4(values: Array) -> Records:
     return pack_q4(*round_q4(values))
 
 
+def quantise_q4_0(values: Array) -> Records:
+    """The records of a matrix, float32[out, in], rounded as gguf rounds to Q4_0."""
+    missing = -values.shape[1] % BLOCK
+    return pack_rows(
+        "q4_0", GGMLQuantizationType.Q4_0, quantize(np.pad(values, ((0, 0), (0, missing))), GGMLQuantizationType.Q4_0)
+    )
+
+
 def quantise_q8(values: Array) -> Records:
     """The records of a matrix, float32[out, in], rounded to eight bits; see `round_q8`."""
     return pack_q8(*round_q8(values))
+
+
+QUANTISE: dict[Kind, Callable[[Array], Records]] = {"q4": quantise_q4, "q4_0": quantise_q4_0, "q8": quantise_q8}
 
 
 def pack_rows(kind: Kind, type_: GGMLQuantizationType, raw: Bytes) -> Records:
@@ -106,6 +130,9 @@ def pack_rows(kind: Kind, type_: GGMLQuantizationType, raw: Bytes) -> Records:
     Raises:
         ModelFileCorrupt: a weight or a scale is not finite, or too large for a float16 scale.
     """
+    if kind == "q4_0" and type_.name == "Q4_0":
+        blocks = raw.reshape(len(raw), -1, 18)
+        return pack_q4_0(_float16(blocks, 0), _halves(blocks[..., 2:]).reshape(len(raw), -1))
     if kind == "q4" and type_.name in FOUR_BIT:
         with np.errstate(invalid="ignore"):  # of scales that are not finite, which are refused next
             d, m, codes = _READ_Q4[type_.name](raw)
@@ -117,7 +144,7 @@ def pack_rows(kind: Kind, type_: GGMLQuantizationType, raw: Bytes) -> Records:
             return pack_q8(_float16(blocks, 0), signed.reshape(len(raw), -1))
     with np.errstate(all="ignore"):  # likewise
         values = np.asarray(dequantize(raw, type_), np.float32)
-    return quantise_q4(values) if kind == "q4" else quantise_q8(values)
+    return QUANTISE[kind](values)
 
 
 def pack_matrix(kind: Kind, type_: GGMLQuantizationType, raw: Bytes, columns: int) -> Iterator[Records]:
@@ -174,7 +201,7 @@ def _scales(values: NDArray[Any]) -> NDArray[np.float16]:
 def _values(kind: Kind, records: Records) -> Array:
     """Records [groups, blocks] -> float32[16 x groups, 32 x blocks]."""
     groups, blocks = records.shape
-    if kind == "q4":
+    if kind != "q8":
         # Of each output the words in order; each becomes two words of four codes.
         words = records["codes"].view("<u4")[..., 0].transpose(0, 3, 1, 2)
         codes: NDArray[Any] = np.empty((groups, GROUP, blocks, 4, 2), "<u4")
@@ -184,6 +211,8 @@ def _values(kind: Kind, records: Records) -> Array:
     else:
         codes = np.ascontiguousarray(records["codes"].view("<u2")[..., 0].transpose(0, 3, 1, 2)).view(np.int8)
     values = codes.reshape(groups, GROUP, blocks, BLOCK).astype(np.float32)
+    if kind == "q4_0":
+        values -= 8
     values *= records["d"].astype(np.float32).transpose(0, 2, 1)[..., None]
     if kind == "q4":
         values += records["m"].astype(np.float32).transpose(0, 2, 1)[..., None]

@@ -8,14 +8,14 @@ import re
 import tempfile
 from pathlib import Path
 
-import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from synapse.errors import NotFound
+from synapse.log import Logger
 from synapse.models.record import RECORD, Record
 from synapse.models.transfer import sha256_of
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 SHA256 = r"^[0-9a-f]{64}$"
 
