@@ -29,7 +29,7 @@ from synapse.engines.request import Delta, Event, Finished, FinishReason, Gramma
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
 from synapse.engines.scheduler import Scheduler
 from synapse.engines.sequence import Sequence
-from synapse.errors import InternalError, InvalidInput, SynapseError, Unavailable
+from synapse.errors import Corrupt, InternalError, InvalidInput, SynapseError, Unavailable
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig
 from synapse.models.gguf_file import ModelFile, open_model_file
@@ -247,7 +247,7 @@ class Engine:
         """Choose the next token of a sequence and say what that adds to its answer."""
         request = seq.request
         if not logits.finite[row]:
-            raise InternalError("the model produced a number that is not finite", hint="try without its layers")
+            raise _not_finite(seq.stack)
         remaining = seq.limit - len(seq.tokens) - 1
         values = logits.values[row]
         if seq.constraint:
@@ -415,6 +415,20 @@ class Engine:
                 [Chunk(part, start, table, stack, len(part))], cache
             ).values
         return logits
+
+
+def _not_finite(stack: Stack) -> SynapseError:
+    """What a step whose numbers overflow says: with layers it is most often one of them."""
+    if not stack:
+        return InternalError(
+            "the model computed a number that is not finite", hint="pull the model again; its file may be damaged"
+        )
+    layers = ", ".join(f"{layer.id[:12]} (weight {weight:g})" for layer, weight in stack)
+    return Corrupt(
+        f"the answer cannot be computed: with its layers the model's numbers overflow; they are {layers}",
+        hint="give the layers less weight, or leave them out one by one to find which; `synapse layer list` names them",
+        layers=[layer.id for layer, _ in stack],
+    )
 
 
 def open_engine_file(

@@ -115,10 +115,21 @@ class Genome(Entity):
 
     async def check(self, store: Store) -> None:
         """Raises InvalidInput unless the layers exist, fit the base model, and each has a place of its own."""
-        for what in ("order_index", "layer_id"):
-            (twice, times), *_ = Counter(getattr(layer, what) for layer in self.layers).most_common(1) or [(None, 0)]
-            if times > 1:
-                raise InvalidInput(f"Genome.layers: two layers have the {what} {twice!r}", field=f"layers.{what}")
+        places = Counter(layer.order_index for layer in self.layers)
+        if len(places) < len(self.layers):
+            raise InvalidInput(
+                f"Genome.layers: two layers have the order_index {places.most_common(1)[0][0]}",
+                field="layers.order_index",
+            )
+        uses = Counter(layer.layer_id for layer in self.layers)
+        if len(uses) < len(self.layers):
+            twice = uses.most_common(1)[0][0]
+            layer = await store.find(GenomeLayer, id=twice)
+            raise InvalidInput(
+                f"the layer {layer.name if layer else twice} stands in the stack twice",
+                hint="name it once, and add the two weights up",
+                field="layers.layer_id",
+            )
         for reference in self.layers:
             layer = await store.find(GenomeLayer, id=reference.layer_id)
             if layer is None:
