@@ -31,7 +31,7 @@ from synapse.engines import (
 )
 from synapse.engines.engine import open_engine_file
 from synapse.engines.sampling import Sampler
-from synapse.errors import Conflict, InternalError, NotFound, Overloaded, Unavailable
+from synapse.errors import Conflict, Corrupt, InternalError, NotFound, Overloaded, Unavailable
 from synapse.models.library import open_library
 
 ENDLESS = Request((5, 6, 7), sampling=Sampling(seed=1), ignore_eos=True)
