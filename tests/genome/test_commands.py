@@ -90,7 +90,7 @@ class TestGenomes:
             ("captain:nan", InvalidInput, "weight from 0 to 1"),
             ("captain:much", InvalidInput, "weight from 0 to 1"),
             (":1", InvalidInput, "NAME:WEIGHT"),
-            ("captain,captain", InvalidInput, "two layers have the layer_id"),
+            ("captain,captain", InvalidInput, "the layer captain stands in the stack twice"),
             ("nobody", NotFound, "nobody"),
         ):
             with pytest.raises(error, match=message):

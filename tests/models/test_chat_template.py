@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def test_a_template_that_insists_on_an_order_says_so() -> None:
         pytest.param("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "compiled", id="nested too deeply"),
         pytest.param("{% include 'x' %}", "fails|refuses", id="another file"),
         pytest.param("{# " + "x" * 2**18 + " #}", "longer than", id="a huge template"),
-        pytest.param("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "prompt is longer", id="huge output"),
+        pytest.param("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "longer|in all", id="huge output"),
     ],
 )
 def test_templates_that_do_not_work_or_do_harm_are_refused(source: str, message: str) -> None:
@@ -200,6 +201,63 @@ def test_a_template_that_never_ends_is_stopped(source: str, monkeypatch: pytest.
     with pytest.raises(ChatTemplateError, match="took longer"):
         ChatTemplate(source).render([Message("user", "hi")])
     assert time.monotonic() - started < 10
+
+
+DOUBLE = "{% set x = x ~ x %}"
+LONG = "{% set x = 'x' * 60000 %}{% set x = x ~ x ~ x ~ x %}"
+HOSTILE = {
+    "doubling text": "{% set x = 'x' %}" + DOUBLE * 60,
+    "doubling text with plus": "{% set x = 'x' %}" + "{% set x = x + x %}" * 60,
+    "doubling in a loop": "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling a list": "{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x }}",
+    "comparing doubled lists": (
+        "{% set x = [1] %}{% set y = [1] %}" + "{% set x = [x, x] %}{% set y = [y, y] %}" * 60 + "{{ x == y }}"
+    ),
+    "nested maps": "{% set x = {} %}" + "{% set x = {'a': x, 'b': x} %}" * 60 + "{{ x | tojson }}",
+    "namespaces in lists": "{% set x = [0] %}" + "{% set x = x + x %}" * 60,
+    "center": "{{ 'x' | center(10**9) }}",
+    "the method center": "{{ 'x'.center(999999999) }}",
+    "zfill": "{{ 'x'.zfill(999999999) }}",
+    "a format": "{{ '%999999999d' | format(1) }}",
+    "a format with percent": "{{ '%999999999d' % 1 }}",
+    "the method format": "{{ '{:999999999}'.format(1) }}",
+    "wordwrap": LONG + "{{ x | wordwrap(1, wrapstring=x) }}",
+    "replace": LONG + "{{ x | replace('x', x) }}",
+    "the method replace": LONG + "{{ x.replace('x', x) }}",
+    "join": LONG + "{{ range(60000) | join(x) }}",
+    "the method join": LONG + "{{ x.join(x) }}",
+    "indent": LONG + "{{ x.replace('x', '\n') | indent(60000) }}",
+    "times a long text": LONG + "{{ x * 60000 }}",
+    "times times": "{{ ('x' * 60000) * 60000 }}",
+    "powers": "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "slices kept": (
+        LONG + "{% set n = namespace(l=[]) %}{% for i in range(99999) %}{% set n.l = n.l + [x[1:]] %}{% endfor %}"
+    ),
+    "loops in loops": "{% for i in range(99999) %}" * 5 + "{% endfor %}" * 5,
+    "loops that filter": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "recursive loop": "{% for i in [[1]] recursive %}{{ loop([[1], [1]]) }}{% endfor %}",
+    "macros that call each other": (
+        "{% macro a(n) %}{{ b(n) }}{{ b(n) }}{% endmacro %}{% macro b(n) %}{{ a(n) }}{{ a(n) }}{% endmacro %}{{ a(1) }}"
+    ),
+    "macros that double": "".join(
+        f"{{% macro m{n + 1}() %}}{{{{ m{n}() }}}}{{{{ m{n}() }}}}{{% endmacro %}}" for n in range(40)
+    )
+    + "{% macro m0() %}{% endmacro %}{{ m40() }}",
+    "map with a filter": LONG + "{{ range(60000) | map('replace', '1', x) | list | length }}",
+    "imports": "{% import 'x' as y %}",
+    "lipsum": "{{ lipsum(100000) }}",
+    "constants that the compiler folds": "{{ 'x' * 60000 * 60000 }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE.keys())
+def test_no_template_gets_round_its_limits_of_time_and_memory(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "TIME_LIMIT", 0.5)
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ChatTemplateError):
+        ChatTemplate(source).render([Message("user", "hi")])
+    assert time.process_time() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
 def test_a_model_without_a_template_cannot_chat_and_says_what_to_do(tmp_path: Path) -> None:

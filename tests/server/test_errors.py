@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.testclient import TestClient
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 
 from synapse import errors
+from synapse.server import app as app_module
 from synapse.server.errors import KINDS, BadField, UnsupportedField, error_response, from_validation, kind_of
 from synapse.server.wire import ChatBody, CompletionBody
 
@@ -176,3 +181,19 @@ def test_fields_that_contradict_each_other_are_refused(change: dict, param: str)
     with pytest.raises(BadField) as caught:
         ChatBody.model_validate(CHAT | change)
     assert caught.value.details["param"] == param
+
+
+@pytest.mark.parametrize("depth", [5_000, 100_000])
+def test_json_that_is_nested_too_deeply_is_said_to_be_that(depth: int) -> None:
+    app = FastAPI()
+    app.exception_handler(HTTPException)(app_module._wrong_path)
+    app.exception_handler(RequestValidationError)(app_module._wrong_body)
+
+    @app.post("/v1/echo")
+    async def echo(body: ChatBody) -> None:
+        pass
+
+    body = '{"model": "m", "messages": ' + "[" * depth + "]" * depth + "}"
+    answer = TestClient(app).post("/v1/echo", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "nested too deeply" in answer.json()["error"]["message"]

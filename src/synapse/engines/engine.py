@@ -40,7 +40,7 @@ from synapse.engines.request import (
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
 from synapse.engines.scheduler import Scheduler, Work
 from synapse.engines.sequence import Reason, Sequence
-from synapse.errors import InternalError, InvalidInput, SynapseError, Unavailable
+from synapse.errors import Corrupt, InternalError, InvalidInput, SynapseError, Unavailable
 from synapse.log import Logger
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig
@@ -365,7 +365,7 @@ class Engine:
         """Choose the next token of a sequence and say what that adds to its answer."""
         request = seq.request
         if not logits.finite[row]:
-            raise InternalError("the model produced a number that is not finite", hint="try without its layers")
+            raise _not_finite(seq.stack)
         remaining = seq.limit - len(seq.tokens) - 1
         values = logits.values[row]
         if seq.constraint:
@@ -601,6 +601,20 @@ def overdue(seq: Sequence, now: float) -> DeadlineExceeded:
         f"the deadline passed while the request waited{so_far}: {told}",
         hint="try again when less is going on, or give it more time",
         waited={reason: round(seconds, 3) for reason, seconds in seq.waited.items()},
+    )
+
+
+def _not_finite(stack: Stack) -> SynapseError:
+    """What a step whose numbers overflow says: with layers it is most often one of them."""
+    if not stack:
+        return InternalError(
+            "the model computed a number that is not finite", hint="pull the model again; its file may be damaged"
+        )
+    layers = ", ".join(f"{layer.id[:12]} (weight {weight:g})" for layer, weight in stack)
+    return Corrupt(
+        f"the answer cannot be computed: with its layers the model's numbers overflow; they are {layers}",
+        hint="give the layers less weight, or leave them out one by one to find which; `synapse layer list` names them",
+        layers=[layer.id for layer, _ in stack],
     )
 
 

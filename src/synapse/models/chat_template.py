@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -28,11 +26,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from synapse.errors import InvalidInput
 from synapse.models.gguf_file import ModelFile
+from synapse.models.template_guard import (
+    FILTERS,
+    LARGEST_NUMBER,
+    LONGEST_VALUE,
+    NO_METHODS,
+    Budget,
+    Instrument,
+    TooMuch,
+    budget,
+    charged,
+    check_call,
+    guarded_filter,
+    length,
+    weight,
+)
 from synapse.models.tokenizer import Tokenizer
 
 LONGEST_TEMPLATE = 2**18  # characters; the longest published ones have about 2**15
 LONGEST_OUTPUT = 2**24  # characters
-LONGEST_REPEAT = 2**16  # what a template may multiply a text or list with, and the largest power
 TIME_LIMIT = 5.0  # seconds
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -42,8 +54,6 @@ NAMED_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-
-_deadline: ContextVar[float] = ContextVar("deadline")
 
 
 class ChatTemplateError(InvalidInput):
@@ -92,7 +102,7 @@ class ChatTemplate:
             **self.tokens,
         }
         template = self._compiled
-        clock = _deadline.set(time.monotonic() + TIME_LIMIT)
+        clock = budget.set(Budget(TIME_LIMIT))
         try:
             return _join(template.generate(values))
         except (ChatTemplateError, SecurityError) as error:
@@ -103,7 +113,7 @@ class ChatTemplate:
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             raise ChatTemplateError(f"the model's chat template fails on these messages: {reason}") from error
         finally:
-            _deadline.reset(clock)
+            budget.reset(clock)
 
     @cached_property
     def _compiled(self) -> Template:
@@ -200,35 +210,91 @@ def _join(pieces: Iterable[str]) -> str:
         length += len(piece)
         if length > LONGEST_OUTPUT:
             raise ChatTemplateError(f"the prompt is longer than {LONGEST_OUTPUT} characters")
-        _check_time()
+        budget.get().check_time()
     return "".join(parts)
-
-
-def _check_time() -> None:
-    if time.monotonic() > _deadline.get():
-        raise ChatTemplateError(f"the model's chat template took longer than {TIME_LIMIT:g} seconds")
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     """What transformers gives a template, and nothing that multiplies without bound."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("+", "-", "*", "**", "%", "/", "//"))
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            finalize=_finalize,
+            optimized=False,  # constants are not folded while compiling, where no budget counts
+        )
         self.filters["tojson"] = _to_json
+        self.filters = {name: guarded_filter(name, self.filters[name]) for name in FILTERS}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
+        self.globals.pop("lipsum", None)
+        self.charged = charged
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree: nodes.Template = Instrument().visit(super()._parse(source, name, filename))
+        return tree
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return not (isinstance(obj, str) and attr in NO_METHODS) and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
-        if max(sizes) > LONGEST_REPEAT:
-            raise SecurityError(f"the model's chat template computes with more than {LONGEST_REPEAT}")
-        return super().call_binop(context, operator, left, right)
+        sizes = [weight(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
+        if operator in ("*", "**") and max(sizes) > LARGEST_NUMBER:
+            raise TooMuch(f"the model's chat template computes with more than {LARGEST_NUMBER}")
+        if operator == "*" and hasattr(left, "__len__") != hasattr(right, "__len__"):
+            budget.get().charge(int(sizes[0] * sizes[1]))
+        elif operator == "+":
+            budget.get().charge(
+                int(sum(size for size, value in zip(sizes, (left, right), strict=True) if hasattr(value, "__len__")))
+            )
+        elif operator == "%" and isinstance(left, str):
+            raise SecurityError("the model's chat template formats with %, which is not supported")
+        return charged(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _check_time()
-        return super().call(context, obj, *args, **kwargs)
+        if obj in (self.tick, self.charged, self.concat, self.passed, self.sliced):
+            return obj(*args)
+        check_call(obj if getattr(obj, "__name__", "") != "range" else None, args, kwargs)
+        result = super().call(context, obj, *args, **kwargs)
+        budget.get().charge(length(result))
+        return result
+
+    def wrap_str_format(self, value: Any) -> Any:
+        if getattr(value, "__name__", "") in ("format", "format_map") and isinstance(
+            getattr(value, "__self__", None), str
+        ):
+            raise SecurityError("the model's chat template uses str.format, which is not supported")
+        return None
+
+    def sliced(self, value: Any) -> Any:
+        """After a slice."""
+        budget.get().charge(length(value))
+        return value
+
+    def tick(self) -> None:
+        """At the start of each round of a loop."""
+        budget.get().charge(1)
+
+    def passed(self, value: Any) -> Any:
+        """After a comparison."""
+        budget.get().charge(1)
+        return value
+
+    def concat(self, *parts: Any) -> str:
+        """The operator ``~``."""
+        budget.get().charge(sum(map(weight, parts)))
+        return "".join(map(str, parts))
+
+
+def _finalize(value: Any) -> Any:
+    """Before a value is printed."""
+    if not isinstance(value, str) and weight(value) > LONGEST_VALUE:
+        raise TooMuch(f"the model's chat template prints more than {LONGEST_VALUE} characters at once")
+    return value
 
 
 class _Generation(Extension):

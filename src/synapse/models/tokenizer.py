@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from types import MappingProxyType
 
+import structlog
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
@@ -19,6 +20,8 @@ from synapse.errors import InvalidInput
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.gguf_file import ModelFile
 from synapse.models.pre_tokenizers import PRE_TOKENIZERS, byte_of_character
+
+log = structlog.get_logger(__name__)
 
 END_OF_TURN = frozenset(
     ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
@@ -127,6 +130,13 @@ def load_tokenizer(file: ModelFile) -> Tokenizer:
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
         pre = file.metadata.get("tokenizer.ggml.pre", "default")
+        if "tokenizer.ggml.pre" not in file.metadata:
+            log.warning(
+                "model.no_pre_tokenizer",
+                model=file.path.name,
+                reason="the file does not say how text is cut into words (tokenizer.ggml.pre); GPT-2's rule is used",
+                hint="numbers and spaces may come out wrong: convert the model with a newer llama.cpp",
+            )
         if pre not in PRE_TOKENIZERS:
             raise UnsupportedModel(
                 f"the pre-tokenizer {str(pre)[:40]!r} is not supported",

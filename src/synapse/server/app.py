@@ -26,7 +26,7 @@ from synapse.errors import InternalError, InvalidInput, NotFound, SynapseError
 from synapse.hotpath.rollout.watch import open_hotpaths
 from synapse.server import embeddings, event_routes, health, metrics, openai_routes
 from synapse.server.command_routes import command_routes
-from synapse.server.errors import WrongMethod, error_response, from_validation
+from synapse.server.errors import WrongMethod, error_response, from_validation, too_deep
 from synapse.server.events import ServerStarted, ServerStopped
 from synapse.server.head import HeadAsGet
 from synapse.server.limits import Slots
@@ -136,6 +136,8 @@ async def _wrong_path(request: Request, error: HTTPException) -> Response:
         known = NotFound(f"there is no {request.method} {path[:200]}", hint="GET /openapi.json lists the routes")
     elif error.status_code == 405:
         known = WrongMethod(f"{path[:200]} does not take {request.method}", hint="GET /openapi.json lists the routes")
+    elif isinstance(error.__cause__, RecursionError):
+        known = too_deep()
     else:
         known = InvalidInput(str(error.detail))
     response = error_response(known, path)

@@ -160,7 +160,10 @@ def from_validation(found: Sequence[Any], body: object) -> errors.SynapseError:
         found: as `ValidationError.errors()` or FastAPI's `RequestValidationError.errors()` give them.
         body: the parsed body, to tell the names of fields from pydantic's names for the branches of a union.
     """
-    if any(error["type"] == "json_invalid" for error in found):
+    broken = [error for error in found if error["type"] == "json_invalid"]
+    if any("recursion" in f"{error.get('msg')} {error.get('ctx')}".lower() for error in broken):
+        return too_deep()
+    if broken:
         return errors.InvalidInput("the body is not JSON", hint="send one JSON object, encoded as UTF-8")
     named = [(field_path(error, body), error) for error in found]
     first = named[0][0]
@@ -175,6 +178,13 @@ def from_validation(found: Sequence[Any], body: object) -> errors.SynapseError:
     if here[0]["type"] == "missing":
         return BadField(f"the field {param} is missing", param=param)
     return BadField(f"the field {param} does not fit: {reasons}", param=param)
+
+
+def too_deep() -> errors.InvalidInput:
+    """A body whose lists and objects lie in one another deeper than they can be read."""
+    return errors.InvalidInput(
+        "the JSON of the body is nested too deeply", hint="use fewer lists and objects within others"
+    )
 
 
 def field_path(error: Mapping[str, Any], body: object) -> str:

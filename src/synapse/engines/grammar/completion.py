@@ -114,8 +114,8 @@ class Completions:
         new: list[tuple[int, int, LLMatcher, Keys | None, bytes]] = [(0, 0, scout.deep_copy(), keys, b"")]
         again: dict[int, tuple[LLMatcher, Keys | None, bytes]] = {}
         deepest: list[tuple[int, int]] = []
-        for turn in itertools.count():
-            if not (new or again) or turn >= states or time.monotonic() > deadline:
+        for turn in range(states):
+            if not (new or again) or time.monotonic() > deadline:
                 return None
             if new:
                 _, _, state, state_keys, path = heapq.heappop(new)
@@ -140,6 +140,7 @@ class Completions:
                     continue
                 seen.add(signature)
                 heapq.heappush(new, (len(path) + len(more), next(order), following, following_keys, path + more))
+        return None
 
     def _run(self, state: LLMatcher, byte: bytes, longest: int) -> bytes:
         """How often a byte can be repeated until something else is possible than before; none if that never is."""

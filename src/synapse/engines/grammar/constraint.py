@@ -96,7 +96,7 @@ class Constraint:
         Raises:
             GrammarFailed: the library gave up.
         """
-        row = self._bits.view(np.uint32)[0]
+        row: NDArray[np.uint32] = self._bits.view(np.uint32)[0]
         if self._closing is None:
             fill_next_token_bitmask(self._matcher, self._bits)
             self._check_matcher()

@@ -196,7 +196,11 @@ def _check_exact(value: object, name: str) -> None:
     if isinstance(value, list):
         for each in value:
             _check_exact(each, name)
-    elif _number(value) and abs(value) > EXACT and (isinstance(value, float) or _as_library(float(value)) != value):  # type: ignore[arg-type, operator]
+    elif (
+        isinstance(value, int | float)
+        and abs(value) > EXACT
+        and (isinstance(value, float) or _as_library(float(value)) != value)
+    ):
         raise BadGrammar(
             f"{name} has the number {value}, which cannot be kept exactly (beyond 2^53)",
             hint="make it a string, or use a smaller number",
