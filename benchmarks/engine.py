@@ -48,7 +48,12 @@ WORKER_LAYERS = 20
 COMPARED = 4
 """Windows of the text whose logits are compared: 2,048 positions."""
 LIMITS = Limits(
-    threads=THREADS, max_batch=LAYERS, kv_cache_tokens=512 * LAYERS, max_layers=LAYERS + 1, max_layer_bytes=2**31
+    threads=THREADS,
+    max_batch=LAYERS,
+    kv_cache_tokens=512 * LAYERS,
+    max_layers=LAYERS + 1,
+    max_layer_bytes=2**31,
+    prompt_lookup=False,
 )
 QUANTISATIONS: dict[str, Quantisation] = {"int8": "int8", "4-bit": "4bit"}
 
@@ -238,7 +243,9 @@ def main() -> None:
             say(f"llama.cpp: {', '.join(args.formats)}")
             report.settings |= {"llama-cpp-python": worker.version, "llama.cpp": worker.system.strip()}
             peers = open_peers(worker, model, [*layers, strong], config, folder=folder, formats=args.formats)
-        everybody = Contenders(engine, reference, ids, peers)
+        with_lookup = replace(LIMITS, prompt_lookup=True)
+        guessing = open_engine_file(model, "native", with_lookup, model.parent.name) if native else None
+        everybody = Contenders(engine, guessing, reference, ids, peers)
         neighbours = Neighbours([worker.process] if worker is not None else [], args.patience)
         measure_speed(report, everybody, neighbours, args)
         if (args.peers or args.quality) and not args.shape:

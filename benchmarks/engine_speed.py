@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from benchmarks.engine_peers import Peer
 from benchmarks.neighbours import Neighbours
-from synapse.engines import Delta, Engine, Request, Sampling
+from benchmarks.texts import SENTENCES
+from synapse.engines import Delta, Engine, Grammar, Request, Sampling
 
 PROMPT_TOKENS = 64
 PREFILL_TOKENS = 512
@@ -23,6 +25,23 @@ PEER = "llama.cpp"
 HOPELESS = 0.5
 """Share of the fastest format's speed below which a format drops out: one without instructions here takes minutes."""
 OURS, OURS_ONE_LAYER, REFERENCE = "Synapse", "Synapse, one layer for all", "Synapse's NumPy reference"
+OURS_GREEDY, OURS_GUESSING = "Synapse, greedily", "Synapse with lookup"
+SCHEMA = Grammar(
+    "json_schema",
+    json.dumps(
+        {
+            "type": "object",
+            "properties": {
+                "captain": {"type": "string", "maxLength": 40},
+                "harbours": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 20},
+            },
+            "required": ["captain", "harbours"],
+            "additionalProperties": False,
+        }
+    ),
+)
+QUOTED = SENTENCES[:8]
+"""What a prompt asks to be said again."""
 
 Prompt = tuple[int, ...]
 Turn = Callable[[], float]
@@ -35,6 +54,8 @@ class Work:
 
     Attributes:
         prefill: a prompt of `PREFILL_TOKENS` tokens; otherwise decoding after prompts of `PROMPT_TOKENS`.
+        sampling, grammar: how tokens are chosen.
+        quotes: whether the answers repeat their prompts.
         like: work of which this is more; of llama.cpp only what was fastest there takes part.
         at_least: the ratio that is asked for, by contender; `PEER` stands for the fastest of its formats.
     """
@@ -43,6 +64,9 @@ class Work:
     sequences: int = 1
     layers: int = 0
     prefill: bool = False
+    sampling: Sampling = GREEDY
+    grammar: Grammar | None = None
+    quotes: bool = False
     like: str = ""
     at_least: Mapping[str, float] = field(default_factory=dict)
 
@@ -59,7 +83,19 @@ WORKS = (
     Work("8 sequences, no layers", 8, at_least={PEER: 1.5}),
     Work("1 sequence, no layer", at_least={PEER: 1.1}),
     Work(f"prefill of {PREFILL_TOKENS} tokens", prefill=True, at_least={PEER: 1.3}),
+    Work(
+        "8 sequences, a persona's sampling",
+        8,
+        sampling=Sampling(temperature=0.7, top_p=0.95, seed=1),
+        at_least={OURS_GREEDY: 0.95},
+    ),
+    Work("8 sequences, min_p", 8, sampling=Sampling(min_p=0.05, seed=1), at_least={OURS_GREEDY: 0.95}),
+    Work("8 sequences, temperature 1", 8, sampling=Sampling(seed=1), at_least={OURS_GREEDY: 0.95}),
+    Work("8 sequences, a JSON schema", 8, grammar=SCHEMA, at_least={OURS_GREEDY: 0.7}),
+    Work("1 sequence that quotes its prompt", quotes=True, at_least={OURS_GUESSING: 1.5}),
+    Work("1 sequence that does not", sampling=Sampling(seed=1), at_least={OURS_GUESSING: 0.97}),
 )
+"""Lookup is off but where it is what is measured: its contender's ratio is turned round, since it is the faster one."""
 SHAPE_WORKS = (
     Work("1 sequence, no layer", at_least={PEER: 1.6}),
     Work("8 sequences, no layers", 8, at_least={PEER: 2.8}),
@@ -71,9 +107,12 @@ SHAPE_WORKS = (
 
 @dataclass(frozen=True)
 class Contenders:
-    """Who takes part. `layers` are the ids of the same layers in the engine and in the reference, if there is one."""
+    """Who takes part. `layers` are the ids of the same layers in the engine and in the reference, if there is one;
+    `guessing` is an engine that guesses tokens by lookup, which the others do not.
+    """
 
     engine: Engine
+    guessing: Engine | None
     reference: Engine | None
     layers: Sequence[str]
     peers: Sequence[Peer]
@@ -96,18 +135,33 @@ def prefill(engine: Engine, salts: Iterator[int]) -> float:
     return PREFILL_TOKENS / (time.perf_counter() - start)
 
 
-def decode(engine: Engine, prompts: Sequence[Prompt], layers: Sequence[str], tokens: int) -> float:
-    """Tokens per second, over all sequences, of so many steps once every prompt is in the cache."""
-    longest = engine.context - PROMPT_TOKENS
+def quoting_prompt(engine: Engine, salt: int) -> Prompt:
+    """A prompt that asks for its own text, and begins to say it again."""
+    text = "\n".join((*QUOTED[salt % len(QUOTED) :], *QUOTED[: salt % len(QUOTED)]))
+    return tuple(engine.tokenizer.encode(f"The text:\n{text}\n\nThe same text again, word for word:\n{text[:40]}"))
+
+
+def decode(engine: Engine, prompts: Sequence[Prompt], layers: Sequence[str], tokens: int, work: Work) -> float:
+    """Tokens per second, over all sequences, of so many tokens of each once every prompt is in the cache."""
     ids = [
-        engine.add(Request(prompt, ((layer, 1.0),) if layer else (), GREEDY, longest, ignore_eos=True))
+        engine.add(
+            Request(
+                prompt,
+                ((layer, 1.0),) if layer else (),
+                work.sampling,
+                engine.context - len(prompt),
+                grammar=work.grammar,
+                ignore_eos=True,
+            )
+        )
         for prompt, layer in itertools.zip_longest(prompts, layers)
     ]
     started: set[str] = set()
     while len(started) < len(prompts):
         started |= {event.request_id for event in engine.step() if isinstance(event, Delta)}
-    start = time.perf_counter()
-    count = sum(len(event.tokens) for _ in range(tokens) for event in engine.step() if isinstance(event, Delta))
+    count, goal, start = 0, tokens * len(prompts), time.perf_counter()
+    while count < goal and engine.busy:
+        count += sum(len(event.tokens) for event in engine.step() if isinstance(event, Delta))
     seconds = time.perf_counter() - start
     for request_id in ids:
         engine.cancel(request_id)
@@ -126,13 +180,24 @@ def turns(work: Work, all_: Contenders, tokens: int) -> dict[str, Turn]:
         for peer in all_.peers:
             found[peer.name] = partial(peer.prefill, long)
         return found
-    prompts = [prompt(engine, PROMPT_TOKENS, i) for i in range(work.sequences)]
+    if work.quotes:
+        prompts = [quoting_prompt(engine, i) for i in range(work.sequences)]
+    else:
+        prompts = [prompt(engine, PROMPT_TOKENS, i) for i in range(work.sequences)]
     layers = all_.layers[: work.layers]
-    found[OURS] = partial(decode, engine, prompts, layers, tokens)
+    found[OURS] = partial(decode, engine, prompts, layers, tokens, work)
+    if OURS_GREEDY in work.at_least:
+        found[OURS_GREEDY] = partial(
+            decode, engine, prompts, layers, tokens, replace(work, sampling=GREEDY, grammar=None)
+        )
+    if OURS_GUESSING in work.at_least and all_.guessing is not None:
+        found[OURS_GUESSING] = partial(decode, all_.guessing, prompts, layers, tokens, work)
+    if work.sampling != GREEDY or work.grammar or work.quotes:
+        return found
     if OURS_ONE_LAYER in work.at_least:
-        found[OURS_ONE_LAYER] = partial(decode, engine, prompts, [layers[0]] * work.sequences, tokens)
+        found[OURS_ONE_LAYER] = partial(decode, engine, prompts, [layers[0]] * work.sequences, tokens, work)
     if REFERENCE in work.at_least and reference is not None:
-        found[REFERENCE] = partial(decode, reference, prompts, layers, max(1, tokens // 4))
+        found[REFERENCE] = partial(decode, reference, prompts, layers, max(1, tokens // 4), work)
     for peer in all_.peers:
         if work.layers:
             found[peer.name] = partial(peer.decode_apart, prompts, tokens, lanes=1)
@@ -185,5 +250,6 @@ def ratios(work: Work, speeds: Mapping[str, Sequence[float]]) -> list[dict[str, 
         against = fastest(who, speeds)
         if against is not None:
             ratio = statistics.median(speeds[OURS]) / statistics.median(speeds[against])
+            ratio = 1 / ratio if who == OURS_GUESSING else ratio
             rows.append({"work": work.name, "against": against, "ratio": ratio, "at_least": at_least})
     return rows

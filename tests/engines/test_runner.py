@@ -146,7 +146,7 @@ async def test_a_defect_in_choosing_ends_only_the_sequence_it_struck(
     )
     await settled(lambda: runner.stats().running == 1)
     with monkeypatch.context() as broken:
-        broken.setattr(Sampler, "_draw", lambda *_: 1 // 0)
+        broken.setattr(Sampler, "_uniform", lambda *_: 1 // 0)
         with pytest.raises(InternalError, match="choosing the next token failed"):
             await text_of(runner, Request((6,), sampling=Sampling(seed=1), max_tokens=5))
     assert (await sane)[1].completion_tokens == 60

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from synapse.engines.philox import philox
 from synapse.engines.request import Sampling
-from synapse.engines.sampling import Sampler, check_sampling, token_logprob
+from synapse.engines.sampling import Sampler, check_sampling, choose, edited, token_logprob
 from synapse.errors import InvalidInput
 
 PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.1], np.float64)
@@ -19,8 +20,8 @@ LOGITS = np.log(PROBABILITIES).astype(np.float32)
 
 
 def draws(sampling: Sampling, logits: np.ndarray = LOGITS, count: int = 4000) -> Counter[int]:
-    sampler = Sampler(sampling, [0], len(logits))
-    return Counter(sampler.choose(logits) for _ in range(count))
+    sampler = Sampler(sampling, [0])
+    return Counter(choose(logits, sampler.choice(position)) for position in range(1, 1 + count))
 
 
 def test_temperature_zero_takes_the_most_likely_token_and_the_lowest_id_of_a_tie() -> None:
@@ -60,19 +61,19 @@ def test_min_p_keeps_tokens_near_the_most_likely_one() -> None:
 
 
 def test_the_repetition_penalty_reaches_tokens_of_the_prompt() -> None:
-    sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), [0], 4)
-    assert sampler.choose(np.array([2.0, 1.5, 0, 0], np.float32)) == 1
+    sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), [0])
+    assert choose(np.array([2.0, 1.5, 0, 0], np.float32), sampler.choice(1)) == 1
 
 
 def test_the_frequency_penalty_grows_with_every_use_and_the_presence_penalty_does_not() -> None:
     logits = np.array([1.0, 0.0, -5.0, -5.0], np.float32)
-    frequency = Sampler(Sampling(temperature=0, frequency_penalty=0.4), [0], 4)
-    presence = Sampler(Sampling(temperature=0, presence_penalty=0.4), [0], 4)
+    frequency = Sampler(Sampling(temperature=0, frequency_penalty=0.4), [0])
+    presence = Sampler(Sampling(temperature=0, presence_penalty=0.4), [0])
     answers = []
     for sampler in (frequency, presence):
         for _ in range(3):
             sampler.note(0)
-        answers.append(sampler.choose(logits))
+        answers.append(choose(logits, sampler.choice(4)))
     assert answers == [1, 0]
 
 
@@ -82,9 +83,9 @@ def test_logit_bias_can_force_and_forbid() -> None:
 
 
 def test_a_grammar_mask_is_obeyed_by_greedy_and_by_drawing() -> None:
-    allowed = np.array([False, False, False, True])
+    mask = np.array([0b1000], np.uint32)
     for temperature in (0.0, 1.0):
-        assert Sampler(Sampling(temperature=temperature), [0], 4).choose(LOGITS, allowed) == 3
+        assert choose(LOGITS, Sampler(Sampling(temperature=temperature), [0]).choice(1, mask)) == 3
 
 
 @given(st.integers(0, 2**64 - 1), st.floats(0.1, 2.0), st.floats(0.05, 1.0), st.integers(0, 50))
@@ -94,16 +95,46 @@ def test_the_same_seed_draws_the_same_tokens_although_logits_differ_by_rounding(
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((20, 100)).astype(np.float32) * 3
     settings = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    first, second = Sampler(settings, [0], 100), Sampler(settings, [0], 100)
-    same = sum(first.choose(row) == second.choose(row * np.float32(1 + 1e-6)) for row in rows)
+    choices = [Sampler(settings, [0]).choice(position) for position in range(len(rows))]
+    pairs = zip(rows, choices, strict=True)
+    same = sum(choose(row, choice) == choose(row * np.float32(1 + 1e-6), choice) for row, choice in pairs)
     assert same >= 19
 
 
 def test_without_a_seed_two_runs_differ() -> None:
     flat = np.zeros(1000, np.float32)
-    assert [Sampler(Sampling(), [0], 1000).choose(flat) for _ in range(4)] != [
-        Sampler(Sampling(), [0], 1000).choose(flat) for _ in range(4)
-    ]
+    one, other = ([choose(flat, sampler.choice(n)) for n in range(4)] for sampler in (Sampler(Sampling(), [0]),) * 2)
+    assert one == other
+    assert one != [choose(flat, Sampler(Sampling(), [0]).choice(n)) for n in range(4)]
+
+
+def test_a_draw_is_that_of_seed_and_position_whoever_makes_it() -> None:
+    """So that another process goes on with a sequence: with the tokens before it noted, or with them in its prompt."""
+    settings = Sampling(seed=3, presence_penalty=0.5, repetition_penalty=1.2, logit_bias={2: 1.0})
+    begun, ahead = Sampler(settings, [0]), Sampler(settings, [0])
+    for position, token in enumerate([1, 1, 2], 1):
+        begun.note(token)
+        begun.choice(position)
+    later, looked_ahead = begun.choice(150), ahead.choice(150, ahead=(1, 1, 2))
+    assert choose(LOGITS, later) == choose(LOGITS, looked_ahead)
+    assert np.array_equal(edited(LOGITS, later), edited(LOGITS, looked_ahead))
+    assert np.array_equal(edited(LOGITS, ahead.choice(1)), edited(LOGITS, Sampler(settings, [0]).choice(1)))
+    assert begun.choice(150).uniform == Sampler(settings, [0]).choice(150).uniform != begun.choice(151).uniform
+
+
+def test_the_random_numbers_are_those_of_philox() -> None:
+    """The published test vectors of Random123 for philox4x32-10."""
+    for counter, key, expected in (
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ):
+        found = philox(np.array(counter, np.uint64).reshape(4, 1), np.array(key, np.uint64).reshape(2, 1))
+        assert found.ravel().tolist() == expected
 
 
 def test_logprobs_are_of_the_model_and_ordered() -> None:

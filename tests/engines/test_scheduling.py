@@ -141,7 +141,7 @@ def test_who_has_waited_long_goes_before_all_newcomers() -> None:
 
     def arriving(name: str, now: float, tract: Tract, priority: int) -> Sequence:
         asked = Request(prompt(hash(name) % 1000, 8), tract=tract, priority=priority)
-        seq = Sequence(name, asked, arrived=now, limit=64, vocab=288, constraint=None)
+        seq = Sequence(name, asked, arrived=now, limit=64, constraint=None)
         seq.stack = ()
         return seq
 

@@ -18,6 +18,7 @@ from synapse.config import load_settings
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
 from synapse.engines.cache.layers import LayerCache, LoadedLayer
 from synapse.engines.cache.memory import default_cache_tokens
+from synapse.engines.choice import UNDECIDED
 from synapse.engines.grammar import BadGrammar, Constraint, GrammarFailed, Grammars
 from synapse.engines.native.layers import Precision
 from synapse.engines.native.model import cores
@@ -37,7 +38,7 @@ from synapse.engines.request import (
     Request,
     TokenLogprob,
 )
-from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, token_logprob
+from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, choose, token_logprob
 from synapse.engines.scheduler import Scheduler, Work
 from synapse.engines.sequence import Reason, Sequence
 from synapse.errors import Corrupt, InternalError, InvalidInput, SynapseError, Unavailable
@@ -205,7 +206,6 @@ class Engine:
             request,
             arrived=time.monotonic(),
             limit=limit,
-            vocab=self.config.vocab,
             constraint=constraint,
         )
         self._sequences[seq.id] = seq
@@ -281,17 +281,20 @@ class Engine:
                 deadline = self.next_deadline
                 self._take_in_layers(None if deadline is None else max(deadline - time.monotonic(), 0.001))
             return events
-        guesses = self._guesses(work)
-        chunks = [
-            Chunk(
-                tokens=np.asarray(seq.tokens[seq.computed : seq.computed + count] + guess, np.intp),
-                start=seq.computed,
-                table=seq.table(),
-                stack=seq.stack or (),
-                wanted=int(count == seq.pending) + len(guess),
-            )
-            for (seq, count), guess in zip(work.items(), guesses, strict=True)
-        ]
+        chunks, guesses = [], []
+        for seq, guess in zip(list(work), self._guesses(work), strict=True):
+            count = work[seq]
+            try:
+                choices = seq.next_choices(guess) if count == seq.pending else ()
+            except Exception as error:
+                del work[seq]
+                events.append(self._fail(seq, error))
+                continue
+            tokens = np.array(seq.tokens[seq.computed : seq.computed + count] + guess, np.intp)
+            chunks.append(Chunk(tokens, seq.computed, seq.table(), seq.stack or (), len(choices), choices))
+            guesses.append(guess)
+        if not chunks:
+            return events
         logits = self._transformer.forward(chunks, self._cache)
         self.counters.steps += 1
         row = 0
@@ -329,7 +332,7 @@ class Engine:
         ]
 
     def _guess(self, seq: Sequence, most: int) -> list[int]:
-        if not seq.generated or seq.constraint is not None or seq.sampler.penalised:
+        if not seq.generated or seq.constraint is not None:
             return []
         guess = seq.lookup.guess(seq.tokens, min(most, seq.limit - len(seq.tokens) - 1))
         return guess if seq.grow(self._pool, 1 + len(guess)) else []
@@ -350,16 +353,20 @@ class Engine:
         """As `_continue`; what fails there ends this sequence and none of those that share the step."""
         try:
             return self._continue(seq, logits, row)
-        except SynapseError as error:
-            if isinstance(error, GrammarFailed):
-                self.counters.grammar_failures += 1
-                log.exception("engine.grammar_failed", request=seq.id, reason=error.message)
-            return [self._end(seq, "error", error)]
-        except Exception as error:  # a defect, which its caller and the log are told of
-            log.exception("choosing a token failed", request=seq.id)
-            failure = InternalError(f"choosing the next token failed: {error}", hint="the details are in the log")
-            failure.__cause__ = error
-            return [self._end(seq, "error", failure)]
+        except Exception as error:
+            return [self._fail(seq, error)]
+
+    def _fail(self, seq: Sequence, error: Exception) -> Finished:
+        """End a sequence whose next token could not be chosen."""
+        if isinstance(error, GrammarFailed):
+            self.counters.grammar_failures += 1
+            log.error("engine.grammar_failed", request=seq.id, reason=error.message, exc_info=error)
+        if isinstance(error, SynapseError):
+            return self._end(seq, "error", error)
+        log.error("choosing a token failed", request=seq.id, exc_info=error)  # a defect
+        failure = InternalError(f"choosing the next token failed: {error}", hint="the details are in the log")
+        failure.__cause__ = error
+        return self._end(seq, "error", failure)
 
     def _continue(self, seq: Sequence, logits: StepLogits, row: int) -> list[Event]:
         """Choose the next token of a sequence and say what that adds to its answer."""
@@ -368,10 +375,10 @@ class Engine:
             raise _not_finite(seq.stack)
         remaining = seq.limit - len(seq.tokens) - 1
         values = logits.values[row]
-        if seq.constraint:
-            token = seq.sampler.choose(values, seq.constraint.allowed())
-        else:
-            token = seq.sampler.choose(values, best=(logits.best_tokens[row], logits.best_values[row]))
+        token = int(logits.chosen[row])
+        if token == UNDECIDED:
+            (choice,) = seq.next_choices()
+            token = choose(values, choice)
         if seq.constraint:
             token = seq.constraint.accept(token, remaining)
         seq.sampler.note(token)

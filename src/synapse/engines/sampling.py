@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from synapse.engines.choice import Choice, Edits
+from synapse.engines.philox import uniforms
 from synapse.engines.request import Sampling, TokenLogprob
 from synapse.errors import InvalidInput
 
@@ -52,93 +54,149 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
             raise InvalidInput(f"the logit_bias of token {token} is {bias}, not a finite number", param="logit_bias")
 
 
-Best = tuple[NDArray[np.int32], NDArray[np.float32]]
+DRAWS = 64
+"""Random numbers that are made at once: one costs as much as all of these."""
 
 
 class Sampler:
-    """The choices of one sequence: its random stream, and which tokens it has seen."""
+    """The choices of one sequence: its random numbers, and which tokens it has seen.
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab: int) -> None:
+    A choice is a function of the sampling settings, the tokens before it, the logits, and the position in the sequence
+    that the token will have: another process that has these goes on with the same text.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._sampling = sampling
-        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64
-        self._random = np.random.Generator(np.random.PCG64(seed))
-        self._bias_tokens = np.fromiter(sampling.logit_bias.keys(), np.intp, len(sampling.logit_bias))
-        self._bias_values = np.fromiter(sampling.logit_bias.values(), np.float32, len(sampling.logit_bias))
-        self.penalised = bool(
-            sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
-        )
-        if self.penalised:
-            self._seen = np.zeros(vocab, np.bool_)
-            self._seen[np.asarray(prompt, np.intp)] = True
-            self._counts = np.zeros(vocab, np.float32)
-
-    def choose(
-        self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None, best: Best | None = None
-    ) -> int:
-        """The next token.
-
-        Args:
-            logits: float32[vocab], not changed.
-            allowed: the tokens a grammar permits, or None for all.
-            best: the k most likely tokens, most likely first, and their logits, so that the rest need not be looked at
-                when the settings keep no more than k.
-        """
-        s = self._sampling
-        if best is not None and allowed is None and not self.penalised and not len(self._bias_tokens):
-            kept = 1 if s.temperature == 0 else s.top_k
-            if 0 < kept <= len(best[0]):
-                order = np.argsort(best[0][:kept])
-                return int(best[0][0]) if kept == 1 else self._pick(best[0][:kept][order], best[1][:kept][order])
-        logits = self._adjusted(logits)
-        if allowed is not None:
-            logits = np.where(allowed, logits, np.float32(-np.inf))
-        return int(logits.argmax()) if self._sampling.temperature == 0 else self._draw(logits)
+        self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64
+        self._draws: list[float] = []
+        self._first_draw = 0
+        self._edits = _Edited(sampling, prompt)
 
     def note(self, token: int) -> None:
         """Remember a token of the answer, for the penalties."""
-        if self.penalised:
-            self._seen[token] = True
-            self._counts[token] += 1
+        self._edits.note(token, 1)
 
-    def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    def choice(self, position: int, mask: NDArray[np.uint32] | None = None, ahead: Sequence[int] = ()) -> Choice:
+        """How the token at a position is to be chosen, if the answer goes on with the tokens `ahead` before it."""
         s = self._sampling
-        if len(self._bias_tokens):
-            logits = logits.copy()
-            logits[self._bias_tokens] += self._bias_values
-        if self.penalised:
-            penalty = np.float32(s.repetition_penalty)
-            repeated = np.where(logits > 0, logits / penalty, logits * penalty)
-            logits = np.where(self._seen, repeated, logits)
-            logits = logits - s.frequency_penalty * self._counts - s.presence_penalty * (self._counts > 0)
-        return logits
+        for token in ahead:
+            self._edits.note(token, 1)
+        edits = self._edits.edits()
+        for token in ahead:
+            self._edits.note(token, -1)
+        uniform = self._uniform(position) if s.temperature else 0.0
+        return Choice(s.temperature, s.top_k, s.top_p, s.min_p, uniform, edits, mask)
 
-    def _draw(self, logits: NDArray[np.float32]) -> int:
-        s = self._sampling
-        tokens = np.flatnonzero(logits > -np.inf)
-        if 0 < s.top_k < len(tokens):
-            tokens = np.sort(tokens[np.argpartition(-logits[tokens], s.top_k - 1)[: s.top_k]])
-        return self._pick(tokens, logits[tokens])
+    def _uniform(self, position: int) -> float:
+        """The random number of a position."""
+        if not 0 <= position - self._first_draw < len(self._draws):
+            self._first_draw = position
+            self._draws = uniforms(self.seed, position, DRAWS).tolist()
+        return self._draws[position - self._first_draw]
 
-    def _pick(self, tokens: NDArray[np.signedinteger], logits: NDArray[np.float32]) -> int:
-        """Draw one of these tokens, which are in the order of their ids."""
-        s = self._sampling
-        kept_logits = logits.astype(np.float64)
-        with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to minus infinity, rightly
-            p = np.exp((kept_logits - kept_logits.max()) / s.temperature)
-        p /= p.sum()
-        if s.top_p < 1:
-            order = np.argsort(-p, kind="stable")
-            before = np.cumsum(p[order]) - p[order]
-            kept = np.sort(order[before < s.top_p])
-            tokens, p = tokens[kept], p[kept]
-        if s.min_p > 0:
-            kept = np.flatnonzero(p >= s.min_p * p.max())
-            tokens, p = tokens[kept], p[kept]
-        # The kept tokens stay in the order of their ids: a tie in probability that rounding turns over, because other
-        # sequences share the batch, then moves no token's share of the unit interval.
-        cumulative = np.cumsum(p)
-        place = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        return int(tokens[min(int(place), len(tokens) - 1)])
+
+class _Edited:
+    """The tokens whose logits bias or penalties change, and by how much."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self._sampling = sampling
+        self._penalised = bool(
+            sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
+        )
+        self._places: dict[int, int] = {}
+        self._tokens, self._bias = np.zeros(16, np.int32), np.zeros(16, np.float32)
+        self._seen, self._answered = np.zeros(16, np.int64), np.zeros(16, np.int64)
+        """How often each token is in prompt and answer, and in the answer."""
+        for token, bias in sampling.logit_bias.items():
+            self._bias[self._place(token)] = bias
+        if self._penalised:
+            for token in set(prompt):
+                self._seen[self._place(token)] = 1
+
+    def note(self, token: int, times: int) -> None:
+        """Note a token of the answer, or with -1 times that it is none."""
+        if self._penalised:
+            place = self._place(token)
+            self._seen[place] += times
+            self._answered[place] += times
+
+    def edits(self) -> Edits | None:
+        """What is done to the logits, in fresh arrays."""
+        count, s = len(self._places), self._sampling
+        if not count:
+            return None
+        factor = np.where(self._seen[:count] > 0, np.float32(s.repetition_penalty), np.float32(1))
+        answered = self._answered[:count]
+        less = s.frequency_penalty * answered + s.presence_penalty * (answered > 0)
+        return Edits(self._tokens[:count].copy(), self._bias[:count].copy(), factor, less.astype(np.float32))
+
+    def _place(self, token: int) -> int:
+        """Where a token is in the arrays, put there if need be."""
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._tokens):
+            self._tokens, self._bias, self._seen, self._answered = (
+                np.concatenate([array, np.zeros_like(array)])
+                for array in (self._tokens, self._bias, self._seen, self._answered)
+            )
+        self._tokens[place] = token
+        return place
+
+
+def choose(logits: NDArray[np.float32], choice: Choice) -> int:
+    """The next token. This is what kernels must choose too.
+
+    Args:
+        logits: float32[vocab], not changed.
+    """
+    logits = edited(logits, choice)
+    if choice.temperature == 0:
+        return int(logits.argmax())
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to minus infinity, rightly
+        weights = np.exp((logits.astype(np.float64) - np.float64(logits.max())) / choice.temperature)
+    # The tokens that are kept stay in the order of their ids: a tie in probability that rounding turns over, because
+    # other sequences share the batch, then moves no token's share of the unit interval.
+    tokens = np.flatnonzero(kept(logits, weights, choice))
+    cumulative = np.cumsum(weights[tokens])
+    place = int(np.searchsorted(cumulative, choice.uniform * cumulative[-1], side="right"))
+    return int(tokens[min(place, len(tokens) - 1)])
+
+
+def edited(logits: NDArray[np.float32], choice: Choice) -> NDArray[np.float32]:
+    """Logits with bias and penalties, and minus infinity for what the grammar does not allow."""
+    if choice.edits is not None:
+        edits = choice.edits
+        logits = logits.copy()
+        biased = logits[edits.tokens] + edits.bias
+        logits[edits.tokens] = np.where(biased > 0, biased / edits.factor, biased * edits.factor) - edits.less
+    if choice.mask is not None:
+        bits = np.unpackbits(choice.mask.view(np.uint8), count=len(logits), bitorder="little")
+        logits = np.where(bits, logits, np.float32(-np.inf))
+    return logits
+
+
+def kept(logits: NDArray[np.float32], weights: NDArray[np.float64], choice: Choice) -> NDArray[np.bool_]:
+    """Which tokens top-k, top-p and min-p keep, bool[vocab]; of equal logits, the lower ids go first.
+
+    Args:
+        weights: the tokens' probabilities, as shares of that of the most likely.
+    """
+    keep = logits > -np.inf
+    if 0 < choice.top_k < len(logits):
+        lowest = np.partition(logits, -choice.top_k)[-choice.top_k]
+        keep &= logits >= lowest
+        ties = np.flatnonzero(logits == lowest)
+        keep[ties[len(ties) - max(int(keep.sum()) - choice.top_k, 0) :]] = False
+    if choice.top_p < 1:
+        total = weights[keep].sum()
+        # Those of less than a vocabulary's share of 1 - top_p have less than that together: only the others are sorted.
+        likely = np.flatnonzero(keep & (weights >= (1 - choice.top_p) * total / len(logits)))
+        order = likely[np.argsort(-logits[likely], kind="stable")]
+        before = np.cumsum(weights[order]) - weights[order]
+        keep[:] = False
+        keep[order[before < choice.top_p * total]] = True
+    if choice.min_p > 0:
+        keep &= weights >= choice.min_p
+    return keep
 
 
 def token_logprob(logits: NDArray[np.float32], token: int, top: int) -> TokenLogprob:

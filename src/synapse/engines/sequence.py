@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from synapse.callosum.message import Tract
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool, Digest, common_length, next_digest, root_digest
+from synapse.engines.choice import Choice
 from synapse.engines.grammar import Constraint
 from synapse.engines.lookup import PromptLookup
 from synapse.engines.reference.lora import Stack
@@ -34,7 +35,6 @@ class Sequence:
         *,
         arrived: float,
         limit: int,
-        vocab: int,
         constraint: Constraint | None,
     ) -> None:
         self.id = request_id
@@ -52,7 +52,7 @@ class Sequence:
         """Whether any of it has been computed."""
         self.block_table: list[int] = []
         self._digests: list[Digest] = [root_digest(request.layers)]
-        self.sampler = Sampler(request.sampling, request.prompt, vocab)
+        self.sampler = Sampler(request.sampling, request.prompt)
         self.lookup = PromptLookup()
         self.text = TextStream(request.stop)
         self.finish: FinishReason | None = None
@@ -87,6 +87,12 @@ class Sequence:
     def table(self) -> NDArray[np.intp]:
         """The block table as an array."""
         return np.asarray(self.block_table, np.intp)
+
+    def next_choices(self, guess: Iterable[int] = ()) -> tuple[Choice, ...]:
+        """How the token after the last one is chosen, and those after each guessed token if that is right."""
+        mask = self.constraint.mask() if self.constraint else None
+        guess, length = tuple(guess), len(self.tokens)
+        return tuple(self.sampler.choice(length + n, mask, guess[:n]) for n in range(1 + len(guess)))
 
     def waits_for(self, reason: Reason | None, now: float) -> None:
         """Note what it waits for from now on; None when it runs."""

@@ -24,8 +24,9 @@ from support.native_engine import (
 )
 from support.small_gguf import stored_as, write_small_gguf
 from support.tiny_models import build_tiny_model
-from synapse.engines.native.call import BEST, padded
-from synapse.engines.native.examples import CONTEXT, small_config, small_model
+from synapse.engines.choice import UNDECIDED
+from synapse.engines.native.call import padded
+from synapse.engines.native.examples import CONTEXT, small_config, small_model, some_choices
 from synapse.engines.native.layers import GROUP
 from synapse.engines.native.model import NativeModel
 from synapse.engines.native.packed.file import Quantisation, open_packed
@@ -33,6 +34,7 @@ from synapse.engines.native.packed.packing import Kind
 from synapse.engines.native.packed.source_hash import source_sha256
 from synapse.engines.reference.transformer import Chunk, ReferenceTransformer
 from synapse.engines.reference.weights import load_weights
+from synapse.engines.sampling import choose
 from synapse.errors import Unavailable
 from synapse.models.config import RopeConfig
 from synapse.models.gguf_file import open_model_file
@@ -197,16 +199,19 @@ def test_the_first_and_the_last_token_at_the_first_and_the_last_place(kind: Kind
 
 
 @pytest.mark.parametrize("vocab", [29, 64, 211])
-def test_the_most_likely_tokens_are_found_in_order_and_equal_ones_by_id(vocab: int, close: Closing) -> None:
+def test_each_row_gets_its_own_choice_and_equal_logits_go_by_id(vocab: int, close: Closing) -> None:
     packed = small_model(replace(small_config("llama", tied=False), vocab=vocab), "q8", np.random.default_rng(0))
     groups = packed.array("output.weight").reshape(padded(vocab) // GROUP, -1)
     groups[:] = groups[0]  # every 16th token has the same weights
     model = close(NativeModel(packed, CONTEXT, 2))
-    answer = model.compute(engine_library(), pieces(some_tokens(packed.config, 20), [0]), new_cache(model, 1))
+    (chunk,) = pieces(some_tokens(packed.config, 20), [0])
+    chunk = replace(chunk, choices=some_choices(vocab, 20, np.random.default_rng(1)))
+    answer = model.compute(engine_library(), [chunk], new_cache(model, 1))
     assert all(len(np.unique(row)) <= GROUP for row in answer.values), "there are ties"
-    order = np.argsort(-answer.values, axis=1, kind="stable")[:, :BEST]
-    assert np.array_equal(answer.best_tokens, order)
-    assert np.array_equal(answer.best_values, np.take_along_axis(answer.values, order, 1))
+    expected = np.array([choose(row, choice) for row, choice in zip(answer.values, chunk.choices, strict=True)])
+    decided = answer.chosen != UNDECIDED
+    assert np.array_equal(answer.chosen[decided], expected[decided])
+    assert decided.sum() >= 18
 
 
 def test_a_model_that_the_kernel_cannot_run_is_refused_with_what_is_missing() -> None:

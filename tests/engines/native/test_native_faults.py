@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from support.native_engine import by_kernel, new_cache, some_tokens, tiny_adapter, tiny_native
+from synapse.engines.choice import Choice
 from synapse.engines.native.layers import Precision, pack_layer
 from synapse.engines.native.model import NativeModel
 from synapse.engines.native.packed.packing import Kind
@@ -33,14 +34,12 @@ def overflowing(config: ModelConfig, projection: str) -> Adapter:
 
 
 def chunk(model: NativeModel, block: int, count: int, wanted: int = 1, stack: Stack = ()) -> Chunk:
-    return Chunk(some_tokens(model.packed.config, count, block), 0, np.array([block]), stack, wanted)
+    tokens, choices = some_tokens(model.packed.config, count, block), (Choice(),) * wanted
+    return Chunk(tokens, 0, np.array([block]), stack, wanted, choices)
 
 
-def rows(answer: StepLogits) -> list[tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]]:
-    return [
-        (values.copy(), tokens.copy(), best.copy())
-        for values, tokens, best in zip(answer.values, answer.best_tokens, answer.best_values, strict=True)
-    ]
+def rows(answer: StepLogits) -> list[tuple[NDArray[np.float32], int]]:
+    return [(values.copy(), int(token)) for values, token in zip(answer.values, answer.chosen, strict=True)]
 
 
 def same(one: Any, other: Any) -> bool:

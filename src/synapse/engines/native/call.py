@@ -13,17 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synapse.engines.cache.blocks import BLOCK_TOKENS
+from synapse.engines.choice import Choice
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.layers import GROUP, PackedLayer
 from synapse.engines.native.packed.file import PackedModel
-from synapse.engines.native.structs import Inputs, Layer, Matrix, Model, Pool, Step
+from synapse.engines.native.structs import ChoiceFields, Inputs, Layer, Matrix, Model, Pool, Step
 from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.kernels.structs import address
 from synapse.models.config import PROJECTIONS
 from synapse.models.gguf_file import PARTS
 
-BEST = 64
-"""Most likely tokens that the kernel finds for every row."""
 BLOCK = 32
 QUERIES = 3
 """Queries that share a look at the cache: `MOST_QUERIES` of engine_attention.mojo."""
@@ -170,7 +169,11 @@ class Workspace:
         self._team = team
         self._rows = self._wanted = self._pairs = self._scores = -1
         self._arrays: dict[str, NDArray[Any]] = {}
-        self._step = Step(task=WHOLE, model=table.address, pool=team.address, best=min(BEST, table.config.vocab))
+        self._step = Step(task=WHOLE, model=table.address, pool=team.address)
+        self._choices = (ChoiceFields * 0)()
+        self._step.choice_room = team.library.engine_choice_room(table.config.vocab)
+        self._choice_rooms = np.zeros(team.threads * self._step.choice_room, np.uint8)
+        self._step.choice_rooms = address(self._choice_rooms)
 
     def compute(self, chunks: Sequence[Chunk], cache: HalfCache) -> StepLogits:
         """Run the kernel on these chunks. The result is valid until the next call."""
@@ -215,12 +218,16 @@ class Workspace:
         step.pair_rows, step.pair_weights = address(pair_rows), address(pair_weights)
         step.layer_pairs, step.layer_counts = (address(numbers) for numbers in layer_spans)
         step.keys, step.values = address(cache.keys), address(cache.values)
+        row = 0
+        for chunk in chunks:
+            for place in range(chunk.wanted):
+                self._choices[row] = choice_fields(chunk.choices[place]) if chunk.choices else NO_CHOICE
+                row += 1
         self._team.run(step)
         return StepLogits(
             a["logits"][:wanted, : config.vocab],
             a["finite"][:wanted] != 0,
-            a["best_tokens"][:wanted],
-            a["best_logits"][:wanted],
+            a["chosen"][:wanted].copy(),
         )
 
     @property
@@ -251,8 +258,9 @@ class Workspace:
         if wanted > self._wanted:
             self._wanted = max(wanted, 1)
             a["logits"] = np.zeros((self._wanted, vocab), np.float32)
-            a["best_tokens"] = np.zeros((self._wanted, min(BEST, config.vocab)), np.int32)
-            a["best_logits"] = np.zeros((self._wanted, min(BEST, config.vocab)), np.float32)
+            a["chosen"] = np.zeros(self._wanted, np.int32)
+            self._choices = (ChoiceFields * self._wanted)()
+            self._step.choices = ctypes.addressof(self._choices)
             a["finite"] = np.zeros(self._wanted, np.int32)
         if ranks > self._pairs:
             self._pairs = max(ranks, 1)
@@ -269,9 +277,22 @@ class Workspace:
 INPUTS = ("codes8", "scale8", "sum8", "codes16", "scale16")
 SCRATCH = (
     *("x", "h", "q", "k", "v", "mixed", "gate", "up", "u", "scores"),
-    *("logits", "best_tokens", "best_logits", "finite"),
+    *("logits", "chosen", "finite"),
 )
 """The scratch arrays that `Step` names."""
+
+
+NO_CHOICE = ChoiceFields(temperature=-1.0)
+
+
+def choice_fields(choice: Choice) -> ChoiceFields:
+    """A choice as the kernel reads it; its arrays must outlive the step."""
+    edits, mask = choice.edits, choice.mask
+    pointers = () if edits is None else (len(edits.tokens), *(address(array) for array in edits))
+    fields = ChoiceFields(choice.temperature, choice.top_p, choice.min_p, choice.uniform, choice.top_k, *pointers)
+    if mask is not None:
+        fields.mask = address(mask)
+    return fields
 
 
 def _by_layer(chunks: Sequence[Chunk]) -> tuple[list[_Batch], int]:

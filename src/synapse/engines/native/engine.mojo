@@ -11,14 +11,14 @@ from std.sys import CompilationTarget, size_of
 from std.sys.intrinsics import prefetch
 
 from engine_attention import MOST_QUERIES, Cache, Table, attend, store_key, store_value
+from engine_choice import Choice, UNDECIDED, choose_token, is_finite, room_at, room_bytes
 from engine_lora import Factors, Rows, STRIP, expand, shrink
 from engine_matrix import BLOCK, GROUP, Q8, Bytes, Floats, Halves, Inputs, Matrix, element, multiply, place_of, quantise, quantise_block
 from engine_model import ONE_MAP, WHOLE, Addresses, Layer, Model, Step
 from engine_pool import Pool, Work, announce_job, begin_job, is_current, look, wait_for_job
 from engine_rows import add, gated, rms_norm, rotate
-from engine_top import best
 
-comptime ABI_VERSION = 3
+comptime ABI_VERSION = 4
 comptime UNIT = BLOCK // GROUP  # groups of a unit of work: its outputs are one block of the next map's inputs
 comptime PIECES = 4  # a thread takes the units of a small phase in so many pieces
 comptime LINE = 64  # bytes of a cache line
@@ -406,20 +406,21 @@ def predict(step: Step, work: Work, phase: Int):
 
 
 def choose(step: Step, work: Work, phase: Int):
-    """The most likely tokens of every wanted row."""
+    """The next token of every wanted row."""
     ref model = step.model[]
     var pieces = step.wanted
     while True:
         var index = work.take(phase, pieces)
         if index < 0:
             break
-        var finite = best(
-            step.logits.unsafe_offset(index * model.output.groups * GROUP),
-            model.vocab,
-            step.best,
-            step.best_tokens.unsafe_offset(index * step.best),
-            step.best_logits.unsafe_offset(index * step.best),
-        )
+        var logits = step.logits.unsafe_offset(index * model.output.groups * GROUP)
+        ref choice = step.choices.unsafe_offset(index)[]
+        var finite = is_finite(logits, model.vocab)
+        var token = UNDECIDED
+        if finite and choice.temperature >= 0:
+            var room = room_at(step.choice_rooms.unsafe_offset(work.thread * step.choice_room), model.vocab)
+            token = choose_token(logits, model.vocab, choice, room)
+        step.chosen.unsafe_offset(index)[] = Int32(token)
         step.finite.unsafe_offset(index)[] = Int32(1) if finite else Int32(0)
         work.done(phase)
     work.wait(phase, pieces)
@@ -476,8 +477,7 @@ def run(step: Step, work: Work):
     if step.wanted > 0:
         finish(step, work, phase + 1, width)
         predict(step, work, phase + 2)
-        if step.best > 0:
-            choose(step, work, phase + 3)
+        choose(step, work, phase + 3)
 
 
 @export("engine_abi_version")
@@ -498,7 +498,23 @@ def engine_struct_size(number: Int) abi("C") -> Int:
         return size_of[Model]()
     if number == 4:
         return size_of[Pool]()
-    return size_of[Step]() if number == 5 else 0
+    if number == 5:
+        return size_of[Step]()
+    return size_of[Choice]() if number == 6 else 0
+
+
+@export("engine_choice_room")
+def engine_choice_room(vocab: Int) abi("C") -> Int:
+    """Bytes of scratch memory that a thread needs to choose a token."""
+    return room_bytes(vocab)
+
+
+@export("engine_choose")
+def engine_choose(logits: Int, vocab: Int, choice: Pointer[Choice, MutUntrackedOrigin], room: Int) abi("C") -> Int:
+    """The next token of one row of finite logits, or UNDECIDED."""
+    return choose_token(
+        Floats(unsafe_from_address=logits), vocab, choice[], room_at(Bytes(unsafe_from_address=room), vocab)
+    )
 
 
 @export("engine_cpu_features")

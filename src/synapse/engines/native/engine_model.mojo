@@ -1,8 +1,9 @@
 """What the kernel is given: a model, and a step for it to compute. `structs.py` has the same fields, one by one."""
 
 from engine_attention import Table
+from engine_choice import Choice
 from engine_lora import Rows
-from engine_matrix import Floats, Halves, Inputs, Matrix
+from engine_matrix import Bytes, Floats, Halves, Inputs, Matrix
 from engine_pool import Pool
 
 comptime WHOLE = 0  # the task is a step of a transformer
@@ -64,7 +65,6 @@ struct Step(Copyable, Movable):
     var narrow: Int  # whether one of them has factors of 8 bits, which read the 8-bit form of their inputs
     var pairs: Int  # of a row and a layer
     var rank_room: Int
-    var best: Int  # most likely tokens to find for each wanted row
     var cache_blocks: Int
     var score_room: Int
     var tokens: Table  # [rows] each
@@ -95,9 +95,11 @@ struct Step(Copyable, Movable):
     var inputs: Inputs  # of the phase
     var inner: Inputs  # of the map down
     var logits: Floats  # [wanted, vocab padded]
-    var best_tokens: Table  # [wanted, best]
-    var best_logits: Floats
-    var finite: Table  # [wanted]
+    var choice_room: Int  # bytes of a thread's scratch memory for choosing
+    var choice_rooms: Bytes  # [threads] of them
+    var choices: Pointer[Choice, MutUntrackedOrigin]  # [wanted] each: how the next token is chosen,
+    var chosen: Table  # which it is, UNDECIDED if that is left to the caller,
+    var finite: Table  # and whether the logits are finite
     var matrix: Matrix  # of ONE_MAP
     var span: Int  # of queries in a piece of attention, and
     var spans: Int  # how many pieces there are: `engine_step` sets both

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from synapse.engines.cache.blocks import BLOCK_TOKENS
+from synapse.engines.choice import Choice, Edits
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.layers import PackedLayer, Precision, pack_layer
 from synapse.engines.native.model import NativeModel
@@ -77,6 +80,32 @@ def small_layer(name: str, config: ModelConfig, rank: int, precision: Precision,
     return pack_layer(adapter, config.blocks, precision)
 
 
+def some_choices(vocab: int, count: int, random: np.random.Generator) -> tuple[Choice, ...]:
+    """Choices of every kind, in turn."""
+    tokens = random.permutation(vocab)[:9].astype(np.int32)
+    numbers = [random.random(9, np.float32) for _ in range(3)]
+    edits = Edits(tokens, numbers[0] * 4, 1 + numbers[1], numbers[2])
+    mask = random.integers(0, 2**32, -(-vocab // 32), np.uint32)
+    kinds: tuple[dict[str, Any], ...] = (
+        {},
+        {"temperature": 0.7, "top_p": 0.95},
+        {"temperature": 1.0},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.01},
+        {"temperature": 0.9, "min_p": 0.1, "edits": edits},
+        {"temperature": 1.0, "mask": mask, "edits": edits},
+    )
+    start = int(random.integers(len(kinds)))
+    return tuple(Choice(uniform=random.random(), **kinds[(start + n) % len(kinds)]) for n in range(count))
+
+
+def choice_examples() -> list[tuple[NDArray[np.float32], Choice]]:
+    """Rows of logits from peaked to flat, with ties, and choices for them."""
+    random = np.random.default_rng(11)
+    rows = [random.standard_normal(1000, np.float32) * np.float32(size) for size in (0.0, 0.3, 2.0, 8.0)]
+    rows += [np.round(rows[2]), rows[3][:37]]
+    return [(row, choice) for row in rows for choice in some_choices(len(row), 12, random)]
+
+
 def examples(threads: int = 2) -> list[Call]:
     """Steps without state: several sequences from their beginning, with and without layers."""
     calls: list[Call] = []
@@ -102,7 +131,8 @@ def examples(threads: int = 2) -> list[Call]:
             needed = -(-count // BLOCK_TOKENS)
             tokens = random.integers(0, config.vocab, count).astype(np.intp)
             table = np.arange(blocks + needed - 1, blocks - 1, -1)
-            chunks.append(Chunk(tokens, 0, table, stack, min(count, 1 + seed)))
+            wanted = min(count, 1 + seed)
+            chunks.append(Chunk(tokens, 0, table, stack, wanted, some_choices(config.vocab, wanted, random)))
             blocks += needed
         calls.append((model, tuple(chunks), HalfCache(config.blocks, config.kv_heads, config.head_dim, blocks)))
         calls.append((model, tuple(chunks[:1]), HalfCache(config.blocks, config.kv_heads, config.head_dim, 1)))

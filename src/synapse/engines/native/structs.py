@@ -52,17 +52,26 @@ class Step(ctypes.Structure):
     """One call: `Step` of engine_model.mojo."""
 
     _fields_ = [
-        *words("task model pool rows chunks wanted layers narrow pairs rank_room best cache_blocks score_room"),
+        *words("task model pool rows chunks wanted layers narrow pairs rank_room cache_blocks score_room"),
         *words("tokens positions slots chunk_rows chunk_counts chunk_starts chunk_tables wanted_rows"),
         *words("layer_tables layer_pairs layer_counts pair_rows pair_weights"),
         *words("keys values x h q k v mixed gate up u scores"),
         ("inputs", Inputs),
         ("inner", Inputs),
-        *words("logits best_tokens best_logits finite"),
+        *words("logits choice_room choice_rooms choices chosen finite"),
         ("matrix", Matrix),
         *words("span spans"),
     ]
 
 
-STRUCTS = (Matrix, Inputs, Layer, Model, Pool, Step)
+class ChoiceFields(ctypes.Structure):
+    """How a token is chosen: `Choice` of engine_choice.mojo."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("temperature", "top_p", "min_p", "uniform")),
+        *words("top_k edits edit_tokens edit_bias edit_factor edit_less mask"),
+    ]
+
+
+STRUCTS = (Matrix, Inputs, Layer, Model, Pool, Step, ChoiceFields)
 """In the order of `engine_struct_size`."""

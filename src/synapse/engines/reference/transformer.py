@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synapse.engines.cache.blocks import BLOCK_TOKENS, KVCache
+from synapse.engines.choice import UNDECIDED, Choice
 from synapse.engines.reference.lora import Layer, LoraGroup, Stack, add_lora, group_by_layer, lora_layer
 from synapse.engines.reference.weights import BlockWeights, Weights
 from synapse.models.adapter import Adapter
@@ -31,6 +32,7 @@ class Chunk:
         table: the sequence's KV blocks, with room for start + len(tokens) tokens.
         stack: the sequence's layers and their weights.
         wanted: how many of the last tokens need logits: 0, 1, or all of them.
+        choices: how the token after each of the wanted is chosen; none if nobody asks.
     """
 
     tokens: NDArray[np.intp]
@@ -38,6 +40,7 @@ class Chunk:
     table: NDArray[np.intp]
     stack: Stack
     wanted: int
+    choices: tuple[Choice, ...] = ()
 
     @property
     def end(self) -> int:
@@ -57,14 +60,12 @@ class StepLogits:
     Attributes:
         values: float32[n, vocab].
         finite: bool[n]: whether all of a row are finite.
-        best_tokens, best_values: [n, k], the k most likely tokens of each row, most likely first and equal ones by id;
-            k is 0 where nobody has looked for them.
+        chosen: int32[n]: the next token by each row's `Choice`; UNDECIDED where it has to be chosen from the logits.
     """
 
     values: Array
     finite: NDArray[np.bool_]
-    best_tokens: NDArray[np.int32]
-    best_values: Array
+    chosen: NDArray[np.int32]
 
 
 CacheT = TypeVar("CacheT")
@@ -168,8 +169,7 @@ class ReferenceTransformer:
 
         x = x[_wanted_rows(chunks)]
         logits = weights.logits(rms_norm(x, weights.output_norm, config.norm_eps))
-        nobody_looked = np.empty((len(logits), 0), np.int32)
-        return StepLogits(logits, np.isfinite(logits.sum(axis=1)), nobody_looked, nobody_looked.astype(np.float32))
+        return StepLogits(logits, np.isfinite(logits.sum(axis=1)), np.full(len(logits), UNDECIDED, np.int32))
 
 
 def linear(x: Array, block: BlockWeights, groups: Sequence[LoraGroup], index: int, projection: str) -> Array:
