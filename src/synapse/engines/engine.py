@@ -372,7 +372,7 @@ class Engine:
         """Choose the next token of a sequence and say what that adds to its answer."""
         request = seq.request
         if not logits.finite[row]:
-            raise _not_finite(seq.stack)
+            raise _not_finite(seq.stack or ())
         remaining = seq.limit - len(seq.tokens) - 1
         values = logits.values[row]
         token = int(logits.chosen[row])

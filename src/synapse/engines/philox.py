@@ -29,4 +29,5 @@ def uniforms(seed: int, first: int, count: int) -> NDArray[np.float64]:
     counters[0] = np.arange(first, first + count, dtype=np.uint64)
     key = np.array([[seed & 0xFFFFFFFF], [seed >> 32]], np.uint64)
     high, low = philox(counters, key)[:2]
-    return ((high >> np.uint64(5)) * 2.0**26 + (low >> np.uint64(6))) / 2.0**53
+    drawn: NDArray[np.float64] = ((high >> np.uint64(5)) * 2.0**26 + (low >> np.uint64(6))) / 2.0**53
+    return drawn
