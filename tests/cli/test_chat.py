@@ -187,7 +187,7 @@ def test_the_first_chat_fetches_the_default_model_and_says_so(
     # `tiny` is no name that can be pulled, so the attempt itself is what shows.
     model = next((persona_home / "models" / "tiny").glob("*.gguf"))
     kept = model.read_bytes()
-    synapse("model", "rm", "tiny")
+    synapse("model", "rm", "tiny", "--force")
     ran = synapse("chat", "pip", "-m", "hi")
     assert ran.code == 3
     assert "the model tiny is not here yet; fetching it once …" in ran.err

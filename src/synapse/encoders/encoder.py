@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from synapse.models.encoder_config import EncoderConfig, Pooling
 from synapse.models.encoder_file import open_encoder_file
 from synapse.models.encoder_tokenizer import EncoderTokenizer, TokenizedText
 from synapse.models.errors import ModelFileCorrupt
+from synapse.models.in_use import hold
 from synapse.models.library import ModelLibrary
 
 Array = NDArray[np.float32]
@@ -157,4 +159,6 @@ def open_encoder_folder(
     threadpool_limits(threads or max(1, (os.cpu_count() or 1) - 1), user_api="blas")
     file = open_encoder_file(folder)
     kernel = ReferenceEncoder(load_encoder_weights(file, linear))
-    return Encoder(folder.name, file.config, file.tokenizer, kernel)
+    encoder = Encoder(folder.name, file.config, file.tokenizer, kernel)
+    weakref.finalize(encoder, hold(folder))
+    return encoder

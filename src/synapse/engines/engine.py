@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,7 @@ from synapse.log import Logger
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig
 from synapse.models.gguf_file import ModelFile, open_model_file
+from synapse.models.in_use import hold
 from synapse.models.tokenizer import Tokenizer, load_tokenizer
 
 log = Logger(__name__)
@@ -150,7 +152,15 @@ class Engine:
         chat_template: ChatTemplate,
         limits: Limits,
         name: str | None = None,
+        *,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
+        """An engine of a model.
+
+        Args:
+            name: what the model is called here.
+            release: called when the engine is closed.
+        """
         self.config: ModelConfig = transformer.config
         self.tokenizer = tokenizer
         self.chat_template = chat_template
@@ -180,6 +190,7 @@ class Engine:
             max_bytes=limits.max_layer_bytes,
         )
         self.counters = Counters()
+        self._release = release
 
     # Requests
 
@@ -348,6 +359,7 @@ class Engine:
         """Give back threads and memory maps. No step may follow."""
         self.layers.close()
         self._transformer.close()
+        self._release()
 
     def _continue_safely(self, seq: Sequence, logits: StepLogits, row: int) -> list[Event]:
         """As `_continue`; what fails there ends this sequence and none of those that share the step."""
@@ -649,7 +661,7 @@ def open_engine_file(
     file = open_model_file(path)
     tokenizer, template = load_tokenizer(file), load_chat_template(file)
     transformer = _open_transformer(file, backend, limits)
-    return Engine(transformer, tokenizer, template, limits, name)
+    return Engine(transformer, tokenizer, template, limits, name, release=hold(path.parent))
 
 
 def _open_transformer(file: ModelFile, backend: Backend, limits: Limits) -> Transformer[Any]:

@@ -9,9 +9,21 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from synapse.commands import IN_PROCESS, Argument, Call, Context, LocalPath, command
+from synapse.errors import Conflict
+from synapse.models.in_use import processes
 from synapse.models.library import open_library
-from synapse.models.manifest import ModelKind, is_local
+from synapse.models.manifest import ModelKind, check_model_name, is_local
 from synapse.models.record import LibraryModel
+from synapse.store import open_store
+from synapse.store.entity import kind_of
+
+SHOWN_PERSONAS = 5
+
+
+class ModelInUse(Conflict):
+    """A model that personas or running processes use is to be removed."""
+
+    code = "model_in_use"
 
 
 class PullModel(BaseModel):
@@ -71,11 +83,18 @@ class ModelRows(BaseModel):
     items: list[ModelRow]
 
 
+class RemoveModel(ModelName):
+    """Which model, and whether those who use it matter."""
+
+    force: bool = Field(False, description="remove it although personas or running processes use it")
+
+
 class RemovedModel(BaseModel):
-    """What was removed."""
+    """What was removed, and which personas cannot answer until it is pulled again."""
 
     name: str
     freed_bytes: int
+    stopped: list[str] = Field(default_factory=list, description="personas that have no model now")
 
 
 @command("model/pull", permission="manage")
@@ -122,14 +141,34 @@ async def show_model(params: ModelName, context: Context) -> ModelInfo:
 
 
 @command("model/rm", permission="manage")
-async def remove_model(params: ModelName, context: Context) -> RemovedModel:
-    """Delete a model's files, and what engines have made of them."""
+async def remove_model(params: RemoveModel, context: Context) -> RemovedModel:
+    """Delete a model's files, and what engines have made of them; refused while somebody uses it."""
     library = await context.get(open_library)
+    store = await context.get(open_store)
+    check_model_name(params.name)
+    users_of = await store.list(kind_of("Persona"), where={"base_model": params.name}, order_by="name")
+    personas = [each.model_dump()["name"] for each in users_of]
+    users = processes(context.settings.folder("models") / params.name)
+    if (personas or users) and not params.force:
+        raise ModelInUse(
+            f"the model {params.name} is in use: {'; '.join(_said(personas, users))}",
+            hint=f"`synapse model rm {params.name} --force` removes it all the same: those personas cannot answer until"
+            " it is pulled again, and a process that has it open goes on with it until it is stopped",
+            personas=personas,
+            processes=users,
+        )
     removed = library.remove(params.name)
     kept = {file.sha256 for model in library.list() for file in model.files}
     gone = [file.sha256 for file in removed.files if file.sha256 not in kept]
     freed = removed.size_bytes + _remove_packed(context.settings.folder("packed"), gone)
-    return RemovedModel(name=removed.name, freed_bytes=freed)
+    return RemovedModel(name=removed.name, freed_bytes=freed, stopped=personas)
+
+
+def _said(personas: list[str], users: list[int]) -> list[str]:
+    """Who uses a model, in words; of many, the first."""
+    more = f" and {len(personas) - SHOWN_PERSONAS} more" if len(personas) > SHOWN_PERSONAS else ""
+    said = [f"the personas {', '.join(personas[:SHOWN_PERSONAS])}{more} answer with it"] if personas else []
+    return said + [f"process {process} has it open" for process in users]
 
 
 def _remove_packed(folder: Path, sources: list[str]) -> int:
