@@ -94,7 +94,7 @@ def test_a_single_thing_is_a_line_for_each_field_that_has_a_value(capsys: pytest
         parts: list[Part] = []
 
     show_pairs(Thing(name="x", prompt="one\ntwo", parts=[Part(weight=0.5)], more=1))
-    assert capsys.readouterr().out == "name    x\nprompt  one\n        two\nmore    1\n\nparts\nWEIGHT\n   0.5\n"
+    assert capsys.readouterr().out == "name    x\nprompt  one\n        two\nmore    1\n\nparts\nWEIGHT\n0.5\n"
 
 
 def test_on_a_terminal_long_values_are_broken_between_words(terminal) -> None:

@@ -90,7 +90,7 @@ class TestGenomes:
             ("captain:nan", InvalidInput, "weight from 0 to 1"),
             ("captain:much", InvalidInput, "weight from 0 to 1"),
             (":1", InvalidInput, "NAME:WEIGHT"),
-            ("captain,captain", InvalidInput, "the layer captain stands in the stack twice"),
+            ("captain,captain", InvalidInput, "is in the genome twice"),
             ("nobody", NotFound, "nobody"),
         ):
             with pytest.raises(error, match=message):
@@ -113,7 +113,7 @@ class TestGenomes:
         await add_both(context, bench)
         layers = await store.list(GenomeLayer)
         places = [{"layer_id": layer.id, "trait_type": layer.trait_type, "order_index": 3} for layer in layers]
-        with pytest.raises(InvalidInput, match="two layers have the order_index 3"):
+        with pytest.raises(InvalidInput, match="cannot both have the place 3"):
             await store.create(Genome(base_model="tiny", layers=places))
 
 
