@@ -12,11 +12,14 @@ from typing import cast
 from synapse.callosum.publish.publishing import publish
 from synapse.commands import Context
 from synapse.config import Settings, load_settings
+from synapse.engines.client import EngineClient
 from synapse.engines.engine import Backend, Engine, Limits, open_engine_file
 from synapse.engines.events import EngineOpened
+from synapse.engines.front_end import front_end_of
 from synapse.engines.native.layers import Precision
 from synapse.engines.native.packed.file import Quantisation
 from synapse.engines.runner import EngineRunner
+from synapse.models.layer_files import LAYERS_FOLDER
 from synapse.models.library import ModelLibrary, open_library
 
 
@@ -59,10 +62,11 @@ class EngineHost:
         self._library = library
         self._settings = settings
         self._runners: dict[Path, EngineRunner] = {}
+        self._clients: dict[Path, EngineClient] = {}
         self._opening = asyncio.Lock()
 
-    async def get(self, model: str) -> EngineRunner:
-        """The engine of a model, opened if it is not yet (which takes seconds, in a thread).
+    async def get(self, model: str) -> EngineClient:
+        """A client of a model's engine, which is opened if it is not yet (which takes seconds, in a thread).
 
         Raises:
             as `open_engine`.
@@ -75,10 +79,14 @@ class EngineHost:
                 engine = await asyncio.to_thread(
                     open_engine_file, path, backend, limits_from(self._settings), path.parent.name
                 )
-                self._runners[path] = EngineRunner(engine, max_active=self._settings.max_concurrent_requests)
+                runner = EngineRunner(engine, max_active=self._settings.max_concurrent_requests)
+                self._runners[path] = runner
+                self._clients[path] = EngineClient(
+                    front_end_of(engine, path, path.parent.name), runner, self._settings.home / LAYERS_FOLDER
+                )
                 opened = EngineOpened(model=path.parent.name, seconds=time.perf_counter() - started)
                 publish("engine.opened", opened)
-            return self._runners[path]
+            return self._clients[path]
 
     @property
     def loaded(self) -> dict[Path, EngineRunner]:
