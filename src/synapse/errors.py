@@ -28,6 +28,14 @@ class SynapseError(Exception):
         self.hint = hint
         self.details = details
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It reaches another process as it is, whatever its class wants to know when it is made; its cause stays."""
+        return _remade, (type(self), self.args), self.__dict__
+
+
+def _remade(kind: type[SynapseError], args: tuple[Any, ...]) -> SynapseError:
+    return kind.__new__(kind, *args)
+
 
 class InvalidInput(SynapseError):
     """The request itself is wrong; sending it again unchanged cannot work."""

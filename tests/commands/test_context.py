@@ -10,6 +10,7 @@ import pytest
 
 from synapse.commands import Context
 from synapse.config import load_settings
+from synapse.errors import Unavailable
 
 happened: list[str] = []
 
@@ -67,3 +68,37 @@ async def test_one_impatient_caller_does_not_cancel_the_opening_of_the_others() 
         impatient.cancel()
         assert await patient == "cellar"
         assert happened == ["cellar opens"]
+
+
+async def test_the_first_caller_may_be_cancelled_and_those_who_wait_get_what_it_asked_for() -> None:
+    async with Context(load_settings()) as context:
+        first = asyncio.create_task(context.get(open_house))
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(context.get(open_house)) for _ in range(3)]
+        await asyncio.sleep(0)
+        first.cancel()
+        assert await asyncio.gather(*others) == ["house over cellar"] * 3
+        assert first.cancelled()
+    assert happened == ["cellar opens", "house opens", "house closes", "cellar closes"]
+
+
+async def test_a_context_that_closes_gives_up_what_is_being_opened() -> None:
+    forever = asyncio.Event()
+
+    @asynccontextmanager
+    async def open_never(context: Context) -> AsyncIterator[None]:
+        await context.get(open_cellar)
+        happened.append("begins")
+        try:
+            await forever.wait()
+            yield
+        finally:
+            happened.append("given up")
+
+    async with Context(load_settings()) as context:
+        asked = asyncio.create_task(context.get(open_never))
+        while "begins" not in happened:
+            await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="closed"):
+        await asked
+    assert happened == ["cellar opens", "begins", "given up", "cellar closes"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,9 +231,9 @@ async def test_the_host_opens_each_model_once_and_by_name(tmp_path: Path) -> Non
         host = await context.get(open_engines)
         first, second = await asyncio.gather(host.get("tiny"), host.get("tiny"))
         assert first is second
-        assert list(host.loaded.values()) == [first]
-        assert first.engine.limits == limits_from(settings)
-        assert first.engine.context == 64
+        assert len(host.loaded) == 1
+        assert first.front.limits == limits_from(settings)
+        assert first.front.context == 64
         with pytest.raises(NotFound):
             await host.get("no-such-model")
     with pytest.raises(Unavailable):
@@ -253,3 +255,39 @@ async def test_an_answer_that_nobody_reads_is_given_up_by_the_engine(runner: Eng
             while True:
                 await anext(events)
     assert runner.stats().kv_tokens_held == 0
+
+
+async def test_a_model_under_two_names_is_one_engine_and_another_opens_beside_it(tmp_path: Path) -> None:
+    tiny, other = (build_tiny_model(tmp_path / f"{kind}.gguf", kind) for kind in ("llama", "qwen2"))
+    async with Context(Settings(home=tmp_path / "home", max_context=64, threads=1, backend="reference")) as context:
+        library = await context.get(open_library)
+        for name, model in (("one", tiny), ("two", tiny), ("other", other)):
+            await library.pull(str(model.path), name=name)
+        host = await context.get(open_engines)
+        first = asyncio.create_task(host.get("one"))
+        await asyncio.sleep(0)
+        rest = [asyncio.create_task(host.get(name)) for name in ("two", "other")]
+        await asyncio.sleep(0)
+        first.cancel()  # whoever asked first stops nobody who waits for the same opening
+        again, beside = await asyncio.gather(*rest)
+        assert await host.get("one") is again is not beside
+        assert len(host.loaded) == 2
+
+
+async def test_an_opening_that_is_slow_holds_up_no_other_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {name: build_tiny_model(tmp_path / f"{name}.gguf", name) for name in ("llama", "qwen2")}
+    slow, go_on = str(models["llama"].path), threading.Event()
+
+    def opened(path: Path, *args: Any) -> Engine:
+        if str(path) == slow:
+            assert go_on.wait(60)
+        return open_engine_file(path, *args)
+
+    monkeypatch.setattr("synapse.engines.host.open_engine_file", opened)
+    async with Context(Settings(home=tmp_path / "home", max_context=64, threads=1, backend="reference")) as context:
+        host = await context.get(open_engines)
+        held = asyncio.create_task(host.get(slow))
+        await text_of(await host.get(str(models["qwen2"].path)), Request((5,), max_tokens=2))
+        assert not held.done()
+        go_on.set()
+        await text_of(await held, Request((5,), max_tokens=2))

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from synapse.commands import Context
-from synapse.engines import ContextOverflow, EngineRunner, open_engines
+from synapse.engines import ContextOverflow, EngineClient, open_engines
 from synapse.errors import InvalidInput, NotFound
 from synapse.models.chat_template import Message
 from synapse.personas.chat import TextDelta, Turn, TurnFinished, TurnOptions, chat, prepare_turn, run_turn
@@ -26,13 +26,13 @@ async def answer(
     return "".join(event.text for event in events[:-1]), events[-1]
 
 
-async def idle(runner: EngineRunner) -> None:
+async def idle(client: EngineClient) -> None:
     for _ in range(500):
-        stats = runner.stats()
+        stats = await client.stats()
         if not (stats.active or stats.running or stats.waiting or stats.kv_tokens_held):
             return
         await asyncio.sleep(0.01)
-    raise AssertionError(f"the engine is still busy: {runner.stats()}")
+    raise AssertionError(f"the engine is still busy: {await client.stats()}")
 
 
 async def test_an_answer_comes_in_pieces_and_ends_with_its_counts(context: Context, persona: Persona) -> None:
@@ -56,7 +56,7 @@ async def test_a_persona_with_a_seed_repeats_itself_and_another_seed_changes_wha
 async def test_the_system_prompt_and_the_history_reach_the_model(context: Context, persona: Persona) -> None:
     messages = [Message("user", "one"), Message("assistant", "two"), Message("user", "three")]
     turn = await prepare_turn(context, persona, messages)
-    prompt = turn.runner.engine.tokenizer.decode(turn.request.prompt)
+    prompt = turn.client.front.tokenizer.decode(turn.request.prompt)
     places = [prompt.index(text) for text in ("You are Pip.", "one", "two", "three")]
     assert places == sorted(places)
 
@@ -93,24 +93,24 @@ async def test_leaving_an_answer_early_frees_the_engine(context: Context, person
     events = run_turn(turn)
     await anext(events)
     await events.aclose()
-    await idle(turn.runner)
+    await idle(turn.client)
 
 
 async def test_cancelling_the_task_that_reads_an_answer_frees_the_engine(context: Context, persona: Persona) -> None:
     task = asyncio.create_task(answer(context, persona, sampling={"max_tokens": 900}))
-    runner = await (await context.get(open_engines)).get(persona.base_model)
-    while not runner.stats().running:
+    client = await (await context.get(open_engines)).get(persona.base_model)
+    while not (await client.stats()).running:
         await asyncio.sleep(0.005)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await idle(runner)
+    await idle(client)
 
 
 async def test_turns_that_no_longer_fit_are_left_out_and_counted(context: Context, persona: Persona) -> None:
     said = [Message(role, role[0] * 300) for _ in range(4) for role in ("user", "assistant")]
     turn = await prepare_turn(context, persona, [*said, Message("user", "and now?")])
-    prompt = turn.runner.engine.tokenizer.decode(turn.request.prompt)
+    prompt = turn.client.front.tokenizer.decode(turn.request.prompt)
     assert turn.left_out == 6
     assert "You are Pip." in prompt
     assert "and now?" in prompt
@@ -144,8 +144,8 @@ async def test_different_personas_share_one_batch(context: Context, store: Store
     await create_persona(CreatePersona(name="other", layers="second", max_tokens=24, seed=1), context)
     other = await find_persona(store, "other")
     alone = [await answer(context, persona), await answer(context, other)]
-    runner = await (await context.get(open_engines)).get(persona.base_model)
-    steps = runner.engine.counters.steps
+    client = await (await context.get(open_engines)).get(persona.base_model)
+    steps = (await client.stats()).counters.steps
     turns = [await prepare_turn(context, each, HELLO) for each in (persona, other)]
 
     async def text_of(turn: Turn) -> str:
@@ -153,4 +153,4 @@ async def test_different_personas_share_one_batch(context: Context, store: Store
 
     together = await asyncio.gather(*map(text_of, turns))
     assert together == [text for text, _ in alone]
-    assert runner.engine.counters.steps - steps < 40
+    assert (await client.stats()).counters.steps - steps < 40

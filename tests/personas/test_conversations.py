@@ -197,7 +197,7 @@ async def test_an_answer_may_hold_a_nul_character(
     context: Context, store: Store, persona: Persona, conversation: Conversation
 ) -> None:
     turn = await prepare_turn(context, persona, [ChatMessage("user", "hello")])
-    [nul] = turn.runner.engine.tokenizer.encode("\0")
+    [nul] = turn.client.front.tokenizer.encode("\0")
     async for _ in say(context, persona, conversation, "hello", TurnOptions(logit_bias={nul: 1000.0})):
         pass
     assert (await messages_of(store, conversation.id))[1].content == "\N{REPLACEMENT CHARACTER}" * 24

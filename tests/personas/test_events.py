@@ -142,7 +142,9 @@ async def test_a_turn_whose_engine_fails_is_told_as_failed_and_so_is_the_engine(
     heard: Heard,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runner = await (await context.get(open_engines)).get(persona.base_model)
+    host = await context.get(open_engines)
+    await host.get(persona.base_model)
+    (runner,) = host.loaded.values()
 
     def fail(*_: object) -> None:
         raise MemoryError("no room")

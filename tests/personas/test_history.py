@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from synapse.engines.engine import ContextOverflow
+from synapse.engines.front_end import ANSWER_TOKENS, STEPS, fit
 from synapse.models.chat_template import Message
-from synapse.personas.history import ANSWER_TOKENS, STEPS, alternating, fit, with_system_prompt
+from synapse.personas.history import alternating, with_system_prompt
 
 
 def encode(messages: Sequence[Message]) -> list[int]:

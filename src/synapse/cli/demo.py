@@ -97,12 +97,13 @@ async def _demo(as_json: bool) -> DemoResult:
             answers = [
                 Answering(persona, starter.layer) for persona, starter in zip(personas, starters.personas, strict=True)
             ]
-            runner = await (await context.get(open_engines)).get(model)
-            steps = runner.engine.counters.steps
+            client = await (await context.get(open_engines)).get(model)
+            steps = (await client.stats()).counters.steps
             started = time.perf_counter()
             await _answer_all(starters.question, list(zip(answers, turns, strict=True)), as_json)
             seconds = time.perf_counter() - started
-            return _result(starters.question, answers, seconds, runner.engine.counters.steps - steps)
+            steps = (await client.stats()).counters.steps - steps
+            return _result(starters.question, answers, seconds, steps)
 
 
 async def _answer_all(question: str, asked: Sequence[tuple[Answering, Turn]], as_json: bool) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
+from synapse.commands.openings import Openings
 from synapse.config import Settings
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Context:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._stack = AsyncExitStack()
-        self._opened: dict[Callable[..., Any], asyncio.Future[Any]] = {}
+        self._openings: Openings[Callable[..., Any], Any] = Openings()
 
     async def __aenter__(self) -> Self:
         return self
@@ -37,26 +37,17 @@ class Context:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._opened.clear()
+        await self._openings.close()
         await self._stack.aclose()
 
     async def get(self, opener: Callable[[Context], AbstractAsyncContextManager[T]]) -> T:
         """The resource of this opener, opened on the first call.
 
-        Callers that ask while it is being opened wait for that one opening. An opening that fails raises in all of
-        them and is tried anew on the next call.
+        It is opened in a task of its own, which goes on when the caller is cancelled: others may wait for it too. An
+        opening that fails raises in all who wait for it and is tried anew on the next call.
+
+        Raises:
+            Unavailable: the context was closed meanwhile.
         """
-        waiting = self._opened.get(opener)
-        if waiting is not None:
-            return cast(T, await asyncio.shield(waiting))
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._opened[opener] = future
-        try:
-            resource = await self._stack.enter_async_context(opener(self))
-        except BaseException as error:
-            del self._opened[opener]
-            future.set_exception(error)
-            future.exception()  # retrieved here, so that nobody waiting is not an "exception was never retrieved"
-            raise
-        future.set_result(resource)
+        resource: T = await self._openings.get(opener, lambda: self._stack.enter_async_context(opener(self)))
         return resource

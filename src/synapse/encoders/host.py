@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synapse.commands import Context
+from synapse.commands.openings import Openings
 from synapse.config import Settings
 from synapse.encoders.encoder import Encoder, batches, open_encoder_folder
 from synapse.encoders.linear import Precision
@@ -58,8 +59,7 @@ class EncoderHost:
     def __init__(self, library: ModelLibrary, settings: Settings) -> None:
         self._library = library
         self._settings = settings
-        self._runners: dict[Path, EncoderRunner] = {}
-        self._opening = asyncio.Lock()
+        self._openings: Openings[Path, EncoderRunner] = Openings()
 
     async def get(self, model: str | None = None) -> EncoderRunner:
         """The encoder of a model, opened if it is not yet (in a thread); the default one when no model is named.
@@ -70,20 +70,27 @@ class EncoderHost:
             as `open_encoder`.
         """
         found = await asyncio.to_thread(self._library.show_encoder, model or self._settings.default_encoder)
-        folder = found.folder
-        async with self._opening:
-            if folder not in self._runners:
-                precision = cast(Precision, self._settings.encoder_precision)
-                # The kernel has no maps in float32, so there is nothing that `native` could insist on.
-                backend = cast(Backend, self._settings.backend) if precision == "int8" else "reference"
-                encoder = await asyncio.to_thread(
-                    open_encoder_folder, folder, backend, precision=precision, threads=self._settings.threads
-                )
-                self._runners[folder] = EncoderRunner(encoder)
-            return self._runners[folder]
+        return await self._openings.get(found.folder, lambda: self._open(found.folder))
+
+    async def _open(self, folder: Path) -> EncoderRunner:
+        precision = cast(Precision, self._settings.encoder_precision)
+        # The kernel has no maps in float32, so there is nothing that `native` could insist on.
+        backend = cast(Backend, self._settings.backend) if precision == "int8" else "reference"
+        threads = self._settings.threads
+        return EncoderRunner(
+            await asyncio.to_thread(open_encoder_folder, folder, backend, precision=precision, threads=threads)
+        )
+
+    async def close(self) -> None:
+        """Forget all encoders; one that is being opened is given up."""
+        await self._openings.close()
 
 
 @asynccontextmanager
 async def open_encoders(context: Context) -> AsyncIterator[EncoderHost]:
     """Opener of the process' encoders, for `Context.get`."""
-    yield EncoderHost(await context.get(open_library), context.settings)
+    host = EncoderHost(await context.get(open_library), context.settings)
+    try:
+        yield host
+    finally:
+        await host.close()

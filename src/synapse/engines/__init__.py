@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from synapse.engines.cache.layers import LayerNotLoaded
+from synapse.engines.client import EngineClient
 from synapse.engines.engine import Backend, ContextOverflow, Counters, Engine, Limits
+from synapse.engines.front_end import FrontEnd, open_front_end
 from synapse.engines.grammar import BadGrammar
 from synapse.engines.host import EngineHost, limits_from, open_engine, open_engines
 from synapse.engines.request import (
@@ -27,12 +29,14 @@ __all__ = [
     "DeadlineExceeded",
     "Delta",
     "Engine",
+    "EngineClient",
     "EngineHost",
     "EngineRunner",
     "EngineStats",
     "Event",
     "FinishReason",
     "Finished",
+    "FrontEnd",
     "Grammar",
     "LayerNotLoaded",
     "Limits",
@@ -42,4 +46,5 @@ __all__ = [
     "limits_from",
     "open_engine",
     "open_engines",
+    "open_front_end",
 ]

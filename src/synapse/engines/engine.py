@@ -42,7 +42,7 @@ from synapse.engines.request import (
 from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, choose, token_logprob
 from synapse.engines.scheduler import Scheduler, Work
 from synapse.engines.sequence import Reason, Sequence
-from synapse.errors import Corrupt, InternalError, InvalidInput, SynapseError, Unavailable
+from synapse.errors import Conflict, Corrupt, InternalError, InvalidInput, SynapseError, Unavailable
 from synapse.log import Logger
 from synapse.models.chat_template import ChatTemplate, load_chat_template
 from synapse.models.config import ModelConfig
@@ -194,8 +194,11 @@ class Engine:
 
     # Requests
 
-    def add(self, request: Request) -> str:
+    def add(self, request: Request, request_id: str | None = None) -> str:
         """Queue a request.
+
+        Args:
+            request_id: what it is called, if no request that has not ended is called so; made up when left out.
 
         Returns:
             Its id, which its events carry.
@@ -204,7 +207,10 @@ class Engine:
             ContextOverflow: prompt, or prompt and `max_tokens` together, do not fit the context.
             LayerNotLoaded: the stack names an unknown layer.
             InvalidInput: a token, a sampling setting, a stop string or the grammar does not make sense.
+            Conflict: another request has this id.
         """
+        if request_id in self._sequences:
+            raise Conflict(f"there is a request {request_id} already")
         limit = self._check(request)
         check_stack(request.layers)
         for layer_id, _ in request.layers:
@@ -213,7 +219,7 @@ class Engine:
         if constraint is not None:
             limit = self._check_budget(request, limit, constraint.shortest)
         seq = Sequence(
-            f"r{next(self._ids)}",
+            request_id or f"r{next(self._ids)}",
             request,
             arrived=time.monotonic(),
             limit=limit,

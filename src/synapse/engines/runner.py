@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +48,7 @@ class _Stream:
     """One caller of `generate`: where its events go."""
 
     request: Request
+    wanted_id: str | None
     loop: asyncio.AbstractEventLoop
     unread: Unread = field(default_factory=Unread)
     id: str | None = None
@@ -83,10 +84,11 @@ class EngineRunner:
         self._compiler.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join)
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+    async def generate(self, request: Request, request_id: str | None = None) -> AsyncGenerator[Event]:
         """Queue a request and yield its events, the last of which is `Finished`.
 
-        Closing the generator (or cancelling the task that reads it) cancels the request.
+        Closing the generator (or cancelling the task that reads it) cancels the request. `request_id` is as in
+        `Engine.add`.
 
         Raises:
             Overloaded: as many requests as allowed are active already.
@@ -100,7 +102,7 @@ class EngineRunner:
                 hint="try again in a moment, or raise SYNAPSE_MAX_CONCURRENT_REQUESTS",
             )
         self._active += 1
-        stream = _Stream(request, asyncio.get_running_loop())
+        stream = _Stream(request, request_id, asyncio.get_running_loop())
         try:
             if request.grammar is not None:
                 loop = asyncio.get_running_loop()
@@ -117,6 +119,10 @@ class EngineRunner:
         finally:
             self._active -= 1
             self._post(lambda: self._stop(stream))
+
+    async def cancel(self, request_id: str) -> None:
+        """As `Engine.cancel`, between two steps; the `Finished` event goes to whoever reads the request's events."""
+        await self.call(lambda: self.engine.cancel(request_id))
 
     async def load_layer(self, path: Path) -> str:
         """As `Engine.load_layer`, reading outside the engine's thread."""
@@ -156,7 +162,7 @@ class EngineRunner:
             kv_tokens_held=engine.kv_tokens_held,
             kv_tokens_cached=engine.kv_tokens_cached,
             layers=engine.layers.sizes(),
-            counters=engine.counters,
+            counters=replace(engine.counters),
         )
 
     def _post(self, job: Callable[[], None]) -> bool:
@@ -231,7 +237,7 @@ class EngineRunner:
         if stream.closed:
             return
         try:
-            stream.id = self.engine.add(stream.request)
+            stream.id = self.engine.add(stream.request, stream.wanted_id)
         except Exception as error:  # the caller's to handle: an InvalidInput, most of the time
             _deliver(stream, error)
         else:

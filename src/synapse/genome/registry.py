@@ -24,14 +24,20 @@ from synapse.genome.cards import CARD_FILE
 from synapse.genome.entities import GenomeLayer, SharePermission, TraitType
 from synapse.genome.events import publish_layer
 from synapse.genome.sources import DOWNLOADING, LayerFiles, read_source
-from synapse.models.layer_files import CONFIG_FILE, LAYER_FILES, WEIGHTS_FILE, content_address, read_layer_files
+from synapse.models.layer_files import (
+    CONFIG_FILE,
+    LAYER_FILES,
+    LAYERS_FOLDER,
+    WEIGHTS_FILE,
+    content_address,
+    read_layer_files,
+)
 from synapse.models.library import ModelLibrary, open_library
 from synapse.store import Duplicate, Store, build, open_store
 
 if TYPE_CHECKING:
     from synapse.models.adapter import Adapter
 
-FOLDER = "layers"
 UNFINISHED = ".adding-"
 LOCK_SECONDS = 120
 ABANDONED_SECONDS = 24 * 3600
@@ -85,7 +91,7 @@ class LayerRegistry:
             {
                 "name": suggested_name(found.name) if name is None else name,
                 "trait_type": trait_type,
-                "model_path": f"{FOLDER}/{adapter.sha256}",
+                "model_path": f"{LAYERS_FOLDER}/{adapter.sha256}",
                 "size_mb": adapter.size_bytes / MEGABYTE,
                 "rank": adapter.rank,
                 "alpha": adapter.alpha,
@@ -252,7 +258,7 @@ async def open_layers(context: Context) -> AsyncIterator[LayerRegistry]:
     """The layers of the home folder, as a resource of the context."""
     store = await context.get(open_store)
     library = await context.get(open_library)
-    yield LayerRegistry(store, library, context.settings.folder(FOLDER), context.settings.default_model)
+    yield LayerRegistry(store, library, context.settings.folder(LAYERS_FOLDER), context.settings.default_model)
 
 
 def suggested_name(text: str) -> str:

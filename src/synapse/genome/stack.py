@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from synapse.genome.entities import Genome, GenomeLayer
 from synapse.genome.registry import LayerRegistry
 from synapse.store import Store
 
 
-async def stack(store: Store, registry: LayerRegistry, genome: Genome) -> list[tuple[Path, float]]:
-    """The folder and the weight of each layer, in the genome's order. The files were checked against their hash.
+async def stack(store: Store, registry: LayerRegistry, genome: Genome) -> list[tuple[str, float]]:
+    """The sha256 and the weight of each layer, in the genome's order. The files were checked against their hash.
 
     Raises:
         NotFound: a layer of the genome is gone.
         InvalidInput: a layer has no files.
         Corrupt: the files of a layer are missing or changed.
     """
-    pairs: list[tuple[Path, float]] = []
+    pairs: list[tuple[str, float]] = []
     for reference in sorted(genome.layers, key=lambda reference: reference.order_index):
         layer = await store.get(GenomeLayer, reference.layer_id)
-        pairs.append((await registry.verified_path(layer), reference.weight))
+        folder = await registry.verified_path(layer)
+        pairs.append((folder.name, reference.weight))
     return pairs

@@ -15,6 +15,8 @@ from synapse.models.adapter_errors import LayerRefused
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 LAYER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+LAYERS_FOLDER = "layers"
+"""In a home: each layer that was added lies there in a folder named by its content address."""
 MAX_CONFIG_BYTES = 2**20
 MAX_WEIGHTS_BYTES = 500 * 10**6
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})

@@ -11,14 +11,13 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from synapse.callosum.message import Tract
 from synapse.commands import Context
 from synapse.engines import (
     Delta,
-    EngineRunner,
+    EngineClient,
     Event,
     Finished,
     FinishReason,
@@ -27,10 +26,9 @@ from synapse.engines import (
     open_engines,
 )
 from synapse.models.chat_template import Message as ChatMessage
-from synapse.models.chat_template import encode_chat
 from synapse.personas.entities import Persona
 from synapse.personas.events import TurnNews
-from synapse.personas.history import alternating, fit, with_system_prompt
+from synapse.personas.history import alternating, with_system_prompt
 from synapse.personas.layers import persona_stack
 
 
@@ -44,7 +42,7 @@ class Turn:
         left_out: messages that were too old to fit the context.
     """
 
-    runner: EngineRunner
+    client: EngineClient
     request: Request
     news: TurnNews
     left_out: int = 0
@@ -53,9 +51,9 @@ class Turn:
         """The engine's events. Closing the iterator cancels the request within a step.
 
         Raises:
-            as `EngineRunner.generate`.
+            as `EngineClient.generate`.
         """
-        async with aclosing(self.runner.generate(self.request)) as events:
+        async with aclosing(self.client.generate(self.request)) as events:
             async for event in events:
                 yield event
 
@@ -92,7 +90,7 @@ class TurnOptions:
     Attributes:
         sampling: settings of `SamplingDefaults` by name, and their values.
         trim: leave the oldest turns out when the history is too long, instead of refusing it.
-        stack: the layers' folders and weights to use in place of the persona's genome.
+        stack: the layers' sha256 and weights to use in place of the persona's genome.
         conversation: the id of the conversation it is part of, for what is published about it.
         tract: internal when nobody waits for the answer; it gives way to those that somebody waits for.
     """
@@ -103,7 +101,7 @@ class TurnOptions:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: Grammar | None = None
     trim: bool = True
-    stack: tuple[tuple[Path, float], ...] | None = None
+    stack: tuple[tuple[str, float], ...] | None = None
     conversation: str | None = None
     tract: Tract = Tract.EXTERNAL
 
@@ -138,26 +136,22 @@ async def _prepared(
     context: Context, persona: Persona, messages: Sequence[ChatMessage], options: TurnOptions, news: TurnNews
 ) -> Turn:
     settings = persona.sampling.with_overrides(options.sampling)
-    runner = await (await context.get(open_engines)).get(persona.base_model)
+    client = await (await context.get(open_engines)).get(persona.base_model)
     stack = options.stack if options.stack is not None else await persona_stack(context, persona)
-    layers = tuple([(await runner.load_layer(path), weight) for path, weight in stack])
-    engine = runner.engine
-
-    def encode(chosen: Sequence[ChatMessage]) -> list[int]:
-        return encode_chat(engine.tokenizer, engine.chat_template, chosen)
-
+    for sha256, _ in stack:
+        await client.load_layer(sha256)
     whole = with_system_prompt(persona.system_prompt, alternating(messages))
     max_tokens = settings.max_tokens
     left_out = 0
     if options.trim:
-        prompt, left_out = await asyncio.to_thread(fit, whole, encode, engine.context)
+        prompt, left_out = await asyncio.to_thread(client.front.fit_chat, whole)
         if max_tokens is not None:
-            max_tokens = min(max_tokens, engine.context - len(prompt))
+            max_tokens = min(max_tokens, client.front.context - len(prompt))
     else:
-        prompt = await asyncio.to_thread(encode, whole)
+        prompt = await asyncio.to_thread(client.front.encode_chat, whole)
     request = Request(
         prompt=tuple(prompt),
-        layers=layers,
+        layers=stack,
         sampling=settings.to_sampling(options.logit_bias),
         max_tokens=max_tokens,
         stop=options.stop,
@@ -165,14 +159,14 @@ async def _prepared(
         grammar=options.grammar,
         tract=options.tract,
     )
-    return Turn(runner, request, news, left_out)
+    return Turn(client, request, news, left_out)
 
 
 async def run_turn(turn: Turn) -> AsyncGenerator[ChatEvent]:
     """The answer as text. The last event is `TurnFinished`; closing the iterator cancels the request.
 
     Raises:
-        as `EngineRunner.generate`.
+        as `EngineClient.generate`.
     """
     started = time.perf_counter()
     try:

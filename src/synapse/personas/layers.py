@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from synapse.callosum.kept import open_kept
 from synapse.commands import Context
@@ -14,8 +13,8 @@ from synapse.personas.entities import Persona
 from synapse.store import Store, open_store
 
 
-async def persona_stack(context: Context, persona: Persona) -> tuple[tuple[Path, float], ...]:
-    """The folder and weight of each layer the persona wears, in order. Layers of weight 0 are left out.
+async def persona_stack(context: Context, persona: Persona) -> tuple[tuple[str, float], ...]:
+    """The sha256 and weight of each layer the persona wears, in order. Layers of weight 0 are left out.
 
     Raises:
         NotFound: the genome or one of its layers is gone.
@@ -25,10 +24,10 @@ async def persona_stack(context: Context, persona: Persona) -> tuple[tuple[Path,
     if genome_id is None:
         return ()
 
-    async def read() -> tuple[tuple[Path, float], ...]:
+    async def read() -> tuple[tuple[str, float], ...]:
         store = await context.get(open_store)
         pairs = await stack(store, await context.get(open_layers), await store.get(Genome, genome_id))
-        return tuple((path, weight) for path, weight in pairs if weight)
+        return tuple((sha256, weight) for sha256, weight in pairs if weight)
 
     return await (await context.get(open_kept)).get(("stack", genome_id), read)
 

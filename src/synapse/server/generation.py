@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
+from synapse.engines.client import EngineClient
 from synapse.engines.request import Delta, Event, Finished, Request
-from synapse.engines.runner import EngineRunner
 from synapse.errors import TimedOut, Unavailable
 from synapse.server.errors import ClientGone
 from synapse.server.limits import wait_until_gone
@@ -45,7 +45,7 @@ class Generation:
 
     Use it as an async context manager: leaving it cancels in the engine whatever has not finished::
 
-        async with Generation(runner, requests, timeout=60, deadline=loop.time() + 60) as events:
+        async with Generation(client, requests, timeout=60, deadline=loop.time() + 60) as events:
             async for index, event in events: ...
 
     One request, which is what is asked for nearly always, is read as the engine tells it, without a task between.
@@ -55,12 +55,12 @@ class Generation:
         failure: what ended the reading instead, if anything did.
     """
 
-    def __init__(self, runner: EngineRunner, requests: Sequence[Request], *, timeout: float, deadline: float) -> None:
+    def __init__(self, client: EngineClient, requests: Sequence[Request], *, timeout: float, deadline: float) -> None:
         self._timeout = timeout
         self._deadline = deadline
         self._first: tuple[int, Event] | None = None
         self._unfinished = len(requests)
-        self._events = [runner.generate(request) for request in requests]
+        self._events = [client.generate(request) for request in requests]
         self._queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(EVENTS_AHEAD)
         self._tasks: list[asyncio.Task[None]] = []
         self._reading: asyncio.Task[Any] | None = None

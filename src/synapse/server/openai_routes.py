@@ -58,7 +58,7 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     async with AsyncExitStack() as resources:
         resources.enter_context(state.slots.take(body.choices))
         prepared = await _prepared(request, prepare_chat(state.context, body), deadline)
-        shape = ChatShape(prepared.runner.engine.tokenizer, logprobs=body.alternatives is not None)
+        shape = ChatShape(prepared.client.front.tokenizer, logprobs=body.alternatives is not None)
         frame = chat_frame(body.model)
         return await _answer(request, body, prepared, shape=shape, frame=frame, deadline=deadline, resources=resources)
 
@@ -72,7 +72,7 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
     async with AsyncExitStack() as resources:
         resources.enter_context(state.slots.take(count))
         prepared = await _prepared(request, prepare_completions(state.context, body), deadline)
-        shape = CompletionShape(prepared.runner.engine.tokenizer, logprobs=body.logprobs is not None, count=count)
+        shape = CompletionShape(prepared.client.front.tokenizer, logprobs=body.logprobs is not None, count=count)
         frame = completion_frame(body.model)
         return await _answer(request, body, prepared, shape=shape, frame=frame, deadline=deadline, resources=resources)
 
@@ -116,7 +116,7 @@ async def _answer(
     count = len(prepared.requests)
     try:
         events = await resources.enter_async_context(
-            Generation(prepared.runner, prepared.requests, timeout=timeout, deadline=deadline)
+            Generation(prepared.client, prepared.requests, timeout=timeout, deadline=deadline)
         )
         if prepared.news is not None:
             resources.callback(_tell_end, prepared.news, events, count)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from synapse.commands import Context
-from synapse.engines import EngineRunner, Request, open_engines
+from synapse.engines import EngineClient, FrontEnd, Request, open_engines
 from synapse.models.chat_template import Message
-from synapse.models.tokenizer import Tokenizer
 from synapse.personas.chat import TurnOptions, prepare_turn
 from synapse.personas.events import TurnNews
 from synapse.personas.layers import persona_stack
@@ -25,7 +24,7 @@ class Prepared:
     `news` publishes how a turn of a persona ends; bare completions are none.
     """
 
-    runner: EngineRunner
+    client: EngineClient
     requests: tuple[Request, ...]
     news: TurnNews | None = None
 
@@ -53,8 +52,8 @@ async def prepare_chat(context: Context, body: ChatBody) -> Prepared:
     )
     messages = [Message("system" if m.role == "developer" else m.role, m.text) for m in body.messages]
     turn = await prepare_turn(context, persona, messages, options)
-    request = turn.request if body.token_limit is not None else _within_context(turn.request, turn.runner)
-    return Prepared(turn.runner, with_seeds(request, body.choices), turn.news)
+    request = turn.request if body.token_limit is not None else _within_context(turn.request, turn.client.front)
+    return Prepared(turn.client, with_seeds(request, body.choices), turn.news)
 
 
 async def prepare_completions(context: Context, body: CompletionBody) -> Prepared:
@@ -69,11 +68,13 @@ async def prepare_completions(context: Context, body: CompletionBody) -> Prepare
     overrides = body.sampling_overrides()
     bias = overrides.pop("logit_bias", {})
     settings = persona.sampling.with_overrides(overrides)
-    runner = await (await context.get(open_engines)).get(persona.base_model)
+    client = await (await context.get(open_engines)).get(persona.base_model)
     stack = await persona_stack(context, persona)
+    for sha256, _ in stack:
+        await client.load_layer(sha256)
     template = Request(
         prompt=(),
-        layers=tuple([(await runner.load_layer(path), weight) for path, weight in stack]),
+        layers=stack,
         sampling=settings.to_sampling(bias),
         max_tokens=body.max_tokens or settings.max_tokens,
         stop=body.stops,
@@ -81,30 +82,25 @@ async def prepare_completions(context: Context, body: CompletionBody) -> Prepare
         tract=body.tract,
     )
     requests: list[Request] = []
-    for prompt in await asyncio.to_thread(encode_prompts, runner.engine.tokenizer, body.prompts):
+    for prompt in await asyncio.to_thread(encode_prompts, client.front, body.prompts):
         request = replace(template, prompt=prompt)
         if body.max_tokens is None:
-            request = _within_context(request, runner)
+            request = _within_context(request, client.front)
         requests += with_seeds(request, body.choices)
-    return Prepared(runner, tuple(requests))
+    return Prepared(client, tuple(requests))
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+def encode_prompts(front: FrontEnd, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
     """The tokens of each prompt.
 
-    Text begins with the model's begin-of-text token, if the model uses one; tokens stay as they are.
-    Special tokens in the text are read as such: whoever sends a bare prompt writes the template themselves.
+    Text is read as `FrontEnd.encode_text` does; tokens stay as they are.
 
     Raises:
         BadField: a prompt has no token at all.
     """
     encoded = []
     for prompt in prompts:
-        if isinstance(prompt, str):
-            start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-            tokens = (*start, *tokenizer.encode(prompt))
-        else:
-            tokens = tuple(prompt)
+        tokens = front.encode_text(prompt) if isinstance(prompt, str) else tuple(prompt)
         if not tokens:
             raise BadField("the prompt is empty", hint="send at least one character", param="prompt")
         encoded.append(tokens)
@@ -119,9 +115,9 @@ def with_seeds(request: Request, choices: int) -> tuple[Request, ...]:
     return tuple(replace(request, sampling=replace(request.sampling, seed=seed + i)) for i in range(choices))
 
 
-def _within_context(request: Request, runner: EngineRunner) -> Request:
+def _within_context(request: Request, front: FrontEnd) -> Request:
     """Cut a persona's own limit on tokens to what the context still holds: the client did not ask for it."""
-    room = runner.engine.context - len(request.prompt)
+    room = front.context - len(request.prompt)
     if request.max_tokens is None or request.max_tokens <= room or room < 1:
         return request
     return replace(request, max_tokens=room)
