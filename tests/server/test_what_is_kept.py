@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -66,8 +67,7 @@ def test_a_persona_that_is_edited_in_a_terminal(live: Live) -> None:
 
 def test_a_key_that_is_made_and_revoked_in_a_terminal(live: Live) -> None:
     assert ask(live).status_code == 200
-    made = terminal(live.home, "key", "create", "laptop")
-    secret = made.partition('"key": "')[2].partition('"')[0]
+    secret = json.loads(terminal(live.home, "key", "create", "laptop"))["key"]
     wait_until(lambda: ask(live).status_code == 401)
     assert [ask(live, secret).status_code for _ in range(3)] == [200, 200, 200]
     terminal(live.home, "key", "revoke", "laptop")
