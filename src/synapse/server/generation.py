@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -60,7 +60,7 @@ class Generation:
         self._deadline = deadline
         self._first: tuple[int, Event] | None = None
         self._unfinished = len(requests)
-        self._events = [client.generate(request) for request in requests]
+        self._events = [client.generate(replace(request, deadline=deadline)) for request in requests]
         self._queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(EVENTS_AHEAD)
         self._tasks: list[asyncio.Task[None]] = []
         self._reading: asyncio.Task[Any] | None = None
