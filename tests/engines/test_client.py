@@ -46,7 +46,7 @@ async def client(home: Path) -> AsyncIterator[EngineClient]:
     async with Context(settings) as context:
         tiny = home.parent / "tiny.gguf"
         if not tiny.exists():
-            build_tiny_model(tiny, "llama")
+            build_tiny_model(tiny, "llama", context=1024)
             await (await context.get(open_library)).pull(str(tiny), name="tiny")
         yield await (await context.get(open_engines)).get("tiny")
 
