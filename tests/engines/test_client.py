@@ -28,8 +28,8 @@ from synapse.engines import (
     open_front_end,
 )
 from synapse.errors import Corrupt, NotFound, SynapseError
-from synapse.models.adapter import LAYERS_FOLDER, content_address
 from synapse.models.chat_template import Message
+from synapse.models.layer_files import LAYERS_FOLDER, content_address
 from synapse.models.library import open_library
 
 ENDLESS = Request((5, 6), max_tokens=400, ignore_eos=True, sampling=Sampling(temperature=0))
@@ -46,7 +46,7 @@ async def client(home: Path) -> AsyncIterator[EngineClient]:
     async with Context(settings) as context:
         tiny = home.parent / "tiny.gguf"
         if not tiny.exists():
-            build_tiny_model(tiny, "llama")
+            build_tiny_model(tiny, "llama", context=1024)
             await (await context.get(open_library)).pull(str(tiny), name="tiny")
         yield await (await context.get(open_engines)).get("tiny")
 

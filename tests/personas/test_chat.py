@@ -111,7 +111,7 @@ async def test_turns_that_no_longer_fit_are_left_out_and_counted(context: Contex
     said = [Message(role, role[0] * 300) for _ in range(4) for role in ("user", "assistant")]
     turn = await prepare_turn(context, persona, [*said, Message("user", "and now?")])
     prompt = turn.client.front.tokenizer.decode(turn.request.prompt)
-    assert turn.left_out == 6
+    assert turn.left_out == 8
     assert "You are Pip." in prompt
     assert "and now?" in prompt
     assert len(turn.request.prompt) <= 1024 - 256
