@@ -18,6 +18,7 @@ class Group:
 
 GROUPS: dict[str, Group] = {
     "model": Group("synapse.models.commands", "Model files: pull, list, show, remove."),
+    "engine": Group("synapse.engines.commands", "Engines of this process: which are open, and how busy."),
     "embedding": Group("synapse.encoders.commands", "Embeddings: texts as vectors, and how near they are."),
     "layer": Group("synapse.genome.commands", "LoRA layers: add, list, show, export, remove."),
     "genome": Group("synapse.genome.commands", "Genomes: weighted stacks of layers."),

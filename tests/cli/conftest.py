@@ -54,6 +54,7 @@ def persona_home(
     home = tiny_home.copy(tmp_path / "tiny-home")
     monkeypatch.setenv("SYNAPSE_HOME", str(home))
     monkeypatch.setenv("SYNAPSE_DEFAULT_MODEL", MODEL)
+    monkeypatch.setenv("SYNAPSE_BACKEND", "reference")
     made = synapse(
         *("persona", "create", "pip", "--description", "a parrot", "--system-prompt", "You are Pip."),
         *("--layers", "first:0.5", "--max-tokens", "24", "--seed", "1"),

@@ -44,6 +44,17 @@ def session(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+def test_the_terminal_says_once_that_another_engine_answers_than_should(
+    synapse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNAPSE_BACKEND", "auto")
+    ran = synapse("chat", "pip", "-m", "hello")
+    assert ran.code == 0
+    assert ran.err.count("the reference engine answers") == 1
+    assert "synapse kernels build engine" in ran.err
+    assert synapse("chat", "pip", "-m", "hello", "--json").err == ""
+
+
 def test_one_message_prints_only_the_answer(synapse) -> None:
     ran = synapse("chat", "pip", "-m", "hello")
     assert (ran.code, ran.err) == (0, "")

@@ -27,6 +27,7 @@ from synapse.engines import (
     open_engines,
     open_front_end,
 )
+from synapse.engines.commands import GetEngineStats, engine_stats
 from synapse.errors import Corrupt, NotFound, SynapseError
 from synapse.models.chat_template import Message
 from synapse.models.layer_files import LAYERS_FOLDER, content_address
@@ -133,3 +134,14 @@ async def test_a_front_end_needs_no_weights_and_says_what_the_engine_does(client
         assert each.encode_chat(messages) == client.front.encode_chat(messages)
         assert each.encode_text("a text") == client.front.encode_text("a text")
         assert each.fit_chat(messages) == client.front.fit_chat(messages)
+
+
+async def test_stats_say_which_engine_answers_and_what_helps(home: Path) -> None:
+    model = str(home.parent / "tiny.gguf")
+    for backend, reason in (("reference", "the setting"), ("auto", "not built")):
+        async with Context(Settings(home=home, max_context=64, threads=1, backend=backend)) as context:
+            client = await (await context.get(open_engines)).get(model)
+            (state,) = (await engine_stats(GetEngineStats(), context)).items
+        assert (state.backend, client.front.name) == ("reference", state.model)
+        assert reason in state.reason
+        assert "synapse" in state.hint.lower()

@@ -34,7 +34,10 @@ def logged() -> Iterator[io.StringIO]:
 
 def test_a_server_with_its_model_and_its_store_is_ready(live: Live) -> None:
     assert httpx.get(f"{live.url}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{live.url}/ready").json() == {"ready": True, "reasons": []}
+    assert httpx.get(f"{live.url}/ready").json()["ready"] is True
+    (engine,) = httpx.get(f"{live.url}/ready").json()["engines"]
+    assert engine["backend"] == "native" or (engine["reason"] and engine["hint"])
+    assert live.openai().models.retrieve(engine["model"]).backend == engine["backend"]
 
 
 def test_a_server_without_its_model_is_healthy_and_not_ready(empty: Live) -> None:

@@ -106,7 +106,7 @@ def test_it_greets_answers_and_stops_cleanly_on_a_signal(default_model_home: Pat
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split(" ")[3]
-        assert httpx.get(f"{url}/ready").json() == {"ready": True, "reasons": []}
+        assert httpx.get(f"{url}/ready").json()["ready"] is True
         body = {"model": "smollm2-135m", "prompt": "One", "max_tokens": 30, "stream": True, "logit_bias": {"2": -100}}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()

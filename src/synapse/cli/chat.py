@@ -15,7 +15,7 @@ from synapse.callosum.publish.recording import recording
 from synapse.cli.chat_session import ChatSession
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.progress import TerminalProgress
-from synapse.cli.text import left_out_notice, read_stdin, style_of, tell, write_answer
+from synapse.cli.text import left_out_notice, read_stdin, style_of, tell, tell_engine, write_answer
 from synapse.commands import Context, Progress
 from synapse.config import load_settings
 from synapse.engines import open_engines
@@ -125,9 +125,10 @@ async def _warm_up(context: Context, persona: Persona, progress: Progress) -> No
     shown = sys.stderr.isatty()
     if shown:
         print(style.dim(f"loading {persona.base_model} …"), end="", file=sys.stderr, flush=True)
-    await (await context.get(open_engines)).get(persona.base_model)
+    client = await (await context.get(open_engines)).get(persona.base_model)
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    tell_engine((await client.stats()).answering, context.settings.backend)
 
 
 async def _one_answer(request: ChatRequest, message: str) -> None:
@@ -158,6 +159,9 @@ async def _answer(
         async for event in events:
             if isinstance(event, TurnStarted):
                 left_out = event.left_out
+                if not request.as_json:
+                    client = await (await context.get(open_engines)).get(persona.base_model)
+                    tell_engine((await client.stats()).answering, context.settings.backend)
                 if left_out and not request.as_json:
                     tell(left_out_notice(left_out))
             elif isinstance(event, TextDelta):

@@ -17,7 +17,7 @@ from synapse.callosum.publish.recording import recording
 from synapse.cli.logs import log_to_stderr
 from synapse.cli.output import human_bytes
 from synapse.cli.progress import TerminalProgress
-from synapse.cli.text import printable, style_of, tell
+from synapse.cli.text import printable, style_of, tell, tell_engine
 from synapse.commands import Context
 from synapse.config import load_settings
 from synapse.engines import open_engines
@@ -98,11 +98,13 @@ async def _demo(as_json: bool) -> DemoResult:
                 Answering(persona, starter.layer) for persona, starter in zip(personas, starters.personas, strict=True)
             ]
             client = await (await context.get(open_engines)).get(model)
-            steps = (await client.stats()).counters.steps
+            before = await client.stats()
+            if not as_json:
+                tell_engine(before.answering, context.settings.backend)
             started = time.perf_counter()
             await _answer_all(starters.question, list(zip(answers, turns, strict=True)), as_json)
             seconds = time.perf_counter() - started
-            steps = (await client.stats()).counters.steps - steps
+            steps = (await client.stats()).counters.steps - before.counters.steps
             return _result(starters.question, answers, seconds, steps)
 
 

@@ -6,9 +6,12 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from synapse.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from synapse.engines import Answering
 
 
 class NotText(InvalidInput):
@@ -64,6 +67,12 @@ def style_of(stream: TextIO) -> Style:
 def tell(sentence: str) -> None:
     """Say something beside the answer: dimmed, on stderr."""
     print(style_of(sys.stderr).dim(printable(sentence)), file=sys.stderr, flush=True)
+
+
+def tell_engine(answering: Answering, asked_for: str) -> None:
+    """Say which engine answers and what helps, when it is not the native one and nobody asked for the reference."""
+    if answering.backend != "native" and asked_for != "reference":
+        tell(f"{answering}" + (f" ({answering.hint})" if answering.hint else ""))
 
 
 def write_answer(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from synapse.engines.answering import Answering
 from synapse.engines.cache.layers import LayerNotLoaded
 from synapse.engines.client import EngineClient
 from synapse.engines.engine import Backend, ContextOverflow, Counters, Engine, Limits
@@ -22,6 +23,7 @@ from synapse.engines.request import (
 from synapse.engines.runner import EngineRunner, EngineStats
 
 __all__ = [
+    "Answering",
     "Backend",
     "BadGrammar",
     "ContextOverflow",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from synapse.config import load_settings
+from synapse.engines.answering import ASKED_FOR, Answering
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
 from synapse.engines.cache.layers import LayerCache, LoadedLayer
 from synapse.engines.cache.memory import default_cache_tokens
@@ -154,11 +155,13 @@ class Engine:
         name: str | None = None,
         *,
         release: Callable[[], None] = lambda: None,
+        answering: Callable[[], Answering] = lambda: ASKED_FOR,
     ) -> None:
         """An engine of a model.
 
         Args:
             name: what the model is called here.
+            answering: says who computes the steps, as of now.
             release: called when the engine is closed.
         """
         self.config: ModelConfig = transformer.config
@@ -191,6 +194,7 @@ class Engine:
         )
         self.counters = Counters()
         self._release = release
+        self.answering = answering
 
     # Requests
 
@@ -666,24 +670,32 @@ def open_engine_file(
         prepare_native()
     file = open_model_file(path)
     tokenizer, template = load_tokenizer(file), load_chat_template(file)
-    transformer = _open_transformer(file, backend, limits)
-    return Engine(transformer, tokenizer, template, limits, name, release=hold(path.parent))
+    transformer, answering = _open_transformer(file, backend, limits)
+    return Engine(transformer, tokenizer, template, limits, name, release=hold(path.parent), answering=answering)
 
 
-def _open_transformer(file: ModelFile, backend: Backend, limits: Limits) -> Transformer[Any]:
+def _open_transformer(
+    file: ModelFile, backend: Backend, limits: Limits
+) -> tuple[Transformer[Any], Callable[[], Answering]]:
+    """The transformer, and what says who computes with it."""
+    why = ASKED_FOR
     context = min(file.config.context, limits.max_context)
     if backend != "reference":
         try:
-            return open_native(
+            native = open_native(
                 file,
                 load_settings().folder("packed"),
                 context,
                 threads=limits.threads,
                 quantisation=limits.quantisation,
                 precision=limits.layer_precision,
+                patient=backend == "auto",
             )
         except Unavailable as error:
             if backend == "native":
                 raise
             log.info("engine.reference", model=file.path.name, reason=error.message, hint=error.hint)
-    return ReferenceTransformer(load_weights(file), context)
+            why = Answering("reference", error.message, error.hint or "")
+        else:
+            return native, native.answering
+    return ReferenceTransformer(load_weights(file), context), lambda: why

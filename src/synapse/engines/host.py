@@ -99,6 +99,10 @@ class EngineHost:
         """The engines that are open, by the sha256 of their model files."""
         return {sha256: opened.runner for sha256, opened in self._openings.values().items()}
 
+    def clients(self) -> list[EngineClient]:
+        """Clients of the engines that are open."""
+        return [opened.client for opened in self._openings.values().values()]
+
     async def close(self) -> None:
         """Stop all engines."""
         for opened in (await self._openings.close()).values():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from synapse.callosum.publish.publishing import publish
+from synapse.engines.answering import Answering
 from synapse.engines.engine import Counters, Engine
 from synapse.engines.events import EngineFailed
 from synapse.engines.request import Event, Finished, Request
@@ -31,8 +32,17 @@ class EngineStats:
     """How busy an engine is. Tokens are counted since it was opened, KV tokens in whole blocks.
 
     The KV cache has room for `kv_tokens`; sequences hold some of them, others are cached for whoever begins alike.
+
+    Attributes:
+        answering: which engine it is, and why when it is not the native one.
+        max_batch: sequences that can share a step.
+        weight_bytes: memory of the model's weights.
+        layers: the LoRA layers in memory by sha256, and their bytes.
     """
 
+    answering: Answering
+    max_batch: int
+    weight_bytes: int
     active: int
     running: int
     waiting: int
@@ -155,6 +165,9 @@ class EngineRunner:
         """A snapshot; taken while the engine steps, its numbers may be one step apart."""
         engine = self.engine
         return EngineStats(
+            answering=engine.answering(),
+            max_batch=engine.limits.max_batch,
+            weight_bytes=engine.weight_bytes,
             active=self._active,
             running=engine.running,
             waiting=engine.waiting,

@@ -96,7 +96,7 @@ def ready(name: str, timeout: float = 30.0) -> Readiness:
     if name not in PATHS:
         raise NotFound(f"there is no hot path {name!r:.60} in this process", hint="import the module that has it")
     if python_forced():
-        return Readiness(False, "Python is forced")
+        return standing(name)
     late = Readiness(False, f"it was not decided in {timeout:.3g} seconds", final=False)
     deadline = time.monotonic() + timeout
     starter = _supervise()
@@ -110,13 +110,21 @@ def ready(name: str, timeout: float = 30.0) -> Readiness:
         running.refresh(max(0.0, deadline - time.monotonic()))
     except TimedOut:
         return late
+    found = standing(name)
+    if found.native or not running.complaint:
+        return found
+    return Readiness(False, running.complaint, running.hint or found.hint, final=False)
+
+
+def standing(name: str) -> Readiness:
+    """Who answers a hot path of this process now; nothing is begun, and nobody waits."""
+    if python_forced():
+        return Readiness(False, "Python is forced", "unset SYNAPSE_FORCE_PYTHON")
     decision = PATHS[name].decision
-    native = decision.native is not None and decision.child is None and decision.below > 0
-    if native:
+    if decision.native is not None and decision.child is None and decision.below > 0:
         return Readiness(True, decision.why)
-    # What cannot be read now, or is being tried in a process of its own, may be otherwise in a moment.
-    final = not running.complaint and decision.child is None and decision is not UNDECIDED
-    return Readiness(False, running.complaint or decision.why, running.hint or decision.hint, final)
+    # What has not been read, or is being tried in a process of its own, may be otherwise in a moment.
+    return Readiness(False, decision.why, decision.hint, decision.child is None and decision is not UNDECIDED)
 
 
 _starting = threading.Lock()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from synapse.callosum.kept import open_kept
 from synapse.commands import Context
+from synapse.engines import open_engines
 from synapse.models.library import open_library
 from synapse.models.manifest import ModelKind
 from synapse.personas.entities import Persona
@@ -28,13 +30,14 @@ class Served:
     persona: Persona
     is_persona: bool
 
-    def as_wire(self) -> dict[str, Any]:
-        """OpenAI's model object."""
+    def as_wire(self, backends: Mapping[str, str]) -> dict[str, Any]:
+        """OpenAI's model object, with which engine answers, `native` or `reference`: None while it is not open."""
         return {
             "id": self.name,
             "object": "model",
             "created": int(self.persona.created_at.timestamp()),
             "owned_by": "persona" if self.is_persona else "base-model",
+            "backend": backends.get(self.persona.base_model),
         }
 
 
@@ -54,7 +57,8 @@ async def list_encoders(context: Context) -> list[str]:
 async def list_as_wire(context: Context) -> list[dict[str, Any]]:
     """OpenAI's model objects of all that is served."""
     encoders = [encoder_as_wire(name) for name in await list_encoders(context)]
-    return [*(each.as_wire() for each in await list_served(context)), *encoders]
+    backends = await _backends(context)
+    return [*(each.as_wire(backends) for each in await list_served(context)), *encoders]
 
 
 async def show_as_wire(context: Context, name: str) -> dict[str, Any]:
@@ -64,7 +68,7 @@ async def show_as_wire(context: Context, name: str) -> dict[str, Any]:
         UnknownModel: there is none of this name.
     """
     try:
-        return (await find_served(context, name)).as_wire()
+        return (await find_served(context, name)).as_wire(await _backends(context))
     except UnknownModel:
         if name in await list_encoders(context):
             return encoder_as_wire(name)
@@ -94,6 +98,12 @@ async def find_served(context: Context, name: str) -> Served:
         raise UnknownModel(f"there is no model {name[:200]!r}", hint="GET /v1/models lists them", param="model")
 
     return await (await context.get(open_kept)).get(("served", name), read)
+
+
+async def _backends(context: Context) -> dict[str, str]:
+    """Which engine answers for each model that is open."""
+    clients = (await context.get(open_engines)).clients()
+    return {client.front.name: (await client.stats()).answering.backend for client in clients}
 
 
 async def _pulled(context: Context, kind: ModelKind) -> list[str]:

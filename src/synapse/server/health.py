@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
+from synapse.engines import open_engines
 from synapse.errors import SynapseError
 from synapse.server.keys import any_key_exists
 from synapse.server.routing import ServerState
@@ -22,11 +23,21 @@ class Health(BaseModel):
     status: str = "ok"
 
 
+class AnsweringEngine(BaseModel):
+    """Which engine answers for a model."""
+
+    model: str
+    backend: str = Field(description="native or reference")
+    reason: str = Field(description="why it is not the native one; empty when it is")
+    hint: str = Field(description="what to do about that")
+
+
 class Readiness(BaseModel):
     """Whether requests would be answered now."""
 
     ready: bool
     reasons: list[str] = Field(description="what stands in the way; empty when ready")
+    engines: list[AnsweringEngine] = Field(description="the engines that are open, and which of them is native")
 
 
 router = APIRouter(tags=["health"])
@@ -45,8 +56,17 @@ async def ready(request: Request) -> JSONResponse:
     reasons = [reason for reason in (state.loading, await _store_trouble(state)) if reason]
     if state.stop.is_set():
         reasons.append("the server is stopping")
-    readiness = Readiness(ready=not reasons, reasons=reasons)
+    readiness = Readiness(ready=not reasons, reasons=reasons, engines=await _engines(state))
     return JSONResponse(readiness.model_dump(), 503 if reasons else 200)
+
+
+async def _engines(state: ServerState) -> list[AnsweringEngine]:
+    host = await state.context.get(open_engines)
+    found = []
+    for client in host.clients():
+        who = (await client.stats()).answering
+        found.append(AnsweringEngine(model=client.front.name, backend=who.backend, reason=who.reason, hint=who.hint))
+    return found
 
 
 async def _store_trouble(state: ServerState) -> str | None:

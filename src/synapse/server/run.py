@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from synapse.commands import Context
 from synapse.config import Settings
-from synapse.engines import open_engines
+from synapse.engines import EngineClient, open_engines
 from synapse.errors import Conflict, Forbidden, InvalidInput, Unavailable
 from synapse.server.access import MAKE_A_KEY, is_loopback
 from synapse.server.app import create_app
@@ -187,7 +187,14 @@ async def greeting(context: Context, listener: socket.socket) -> str:
     model = personas[0] if personas else context.settings.default_model
     who = f"personas: {', '.join(personas)}" if personas else "no personas yet: `synapse persona create NAME` makes one"
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    engines = "".join([await _engine_line(client) for client in (await context.get(open_engines)).clients()])
     return (
-        f"Synapse answers at {url} ({who}). Try:\n"
+        f"Synapse answers at {url} ({who}).\n{engines}Try:\n"
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
+
+
+async def _engine_line(client: EngineClient) -> str:
+    answering = (await client.stats()).answering
+    hint = f" ({answering.hint})" if answering.hint else ""
+    return f"{client.front.name}: {answering}{hint}\n"

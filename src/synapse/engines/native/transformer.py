@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from synapse.engines.answering import NATIVE, Answering
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.examples import examples
 from synapse.engines.native.kernel import agrees, bind, find
@@ -19,7 +20,7 @@ from synapse.engines.native.packed.file import Quantisation, open_packed
 from synapse.engines.native.packed.source_hash import source_sha256
 from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.errors import Unavailable
-from synapse.hotpath.paths import PATHS, hotpath, ready
+from synapse.hotpath.paths import PATHS, hotpath, ready, standing
 from synapse.hotpath.rollout.plan import Plan, Stage
 from synapse.kernels.native import NativeSide
 from synapse.models.adapter import Adapter
@@ -92,6 +93,11 @@ class NativeTransformer:
         finally:
             model.forget()
 
+    def answering(self) -> Answering:
+        """Who computes the steps now. The reference does on the same weights while it is not decided that they can."""
+        state = standing(PATH)
+        return NATIVE if state.native else Answering("reference", state.why, state.hint)
+
     def close(self) -> None:
         """Send the threads home and let go of the weights."""
         if self._model is not None:
@@ -112,8 +118,13 @@ def open_native(
     threads: int = 0,
     quantisation: Quantisation = "auto",
     precision: Precision = "int8",
+    patient: bool = False,
 ) -> NativeTransformer:
     """The native transformer of a model file, packed into `folder` if it is not there yet.
+
+    Args:
+        patient: open it although the kernel is not ready yet, when that may change by itself (a store that is locked,
+            a burn-in that goes on): the reference computes the steps until then.
 
     Raises:
         Unavailable: the kernel does not answer in this process, or cannot run this model; the message says why.
@@ -121,7 +132,7 @@ def open_native(
         DiskFull: there is no room for the packed model.
     """
     state = ready(PATH)
-    if not state.native:
+    if not state.native and (state.final or not patient):
         raise Unavailable(
             f"the native engine is not ready: {state.why}",
             hint=state.hint or "`synapse hotpath status` says how it stands",
