@@ -45,10 +45,6 @@ class Openings(Generic[K, T]):
         """What is open."""
         return {key: task.result() for key, task in self._tasks.items() if task.done() and not _failed(task)}
 
-    def pop(self, key: K) -> T:
-        """Take out what is open; the next who asks has it opened anew."""
-        return self._tasks.pop(key).result()
-
     async def close(self) -> dict[K, T]:
         """Give up what is being opened, forget everything, and return what was open."""
         self._closed = True
