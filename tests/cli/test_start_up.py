@@ -11,7 +11,9 @@ from pathlib import Path
 from synapse.commands import all_commands
 
 COMPUTING = frozenset({"embedding/create", "embedding/compare", "kernels/verify"})
-LOOKS_AT_KERNELS = frozenset({"events/stats", "events/dead", "hotpath/status", "hotpath/rank", "kernels/list"})
+LOOKS_AT_KERNELS = frozenset(
+    {"engine/stats", "events/stats", "events/dead", "hotpath/status", "hotpath/rank", "kernels/list"}
+)
 """They ask the hot paths or the bus of this process, which have NumPy and the kernels with them."""
 SLOW = (
     *("alembic", "fastapi", "filelock", "gguf", "huggingface_hub", "jinja2", "llguidance", "numpy", "openfeature"),

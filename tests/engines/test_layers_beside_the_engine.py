@@ -76,7 +76,7 @@ def test_other_streams_get_a_token_in_every_step_while_a_layer_is_read(
     answers |= {each: Answer() for each in needs}
     for _ in range(200):
         events = engine.step()
-        assert [type(event) for event in events] == [Delta], "one stream runs, and misses no step"
+        assert {type(event) for event in events} == {Delta}, "one stream runs, and misses no step"
     gate.open()
     while engine.busy:
         for event in engine.step():

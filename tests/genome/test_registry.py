@@ -247,7 +247,7 @@ async def test_a_genome_becomes_folders_and_weights_in_its_own_order(
             ],
         )
     )
-    assert await stack(store, registry, genome) == [(registry.path(dates), 1.0), (registry.path(captain), 0.25)]
+    assert await stack(store, registry, genome) == [(dates.sha256, 1.0), (captain.sha256, 0.25)]
 
 
 ADD = """

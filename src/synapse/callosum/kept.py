@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, cast
 
-from synapse.callosum.bus.opening import open_bus
 from synapse.callosum.message import Message
 from synapse.callosum.publish.publishing import connect
 from synapse.commands import Context
@@ -65,6 +64,8 @@ class Kept:
         Raises:
             Unavailable: the log cannot be reached.
         """
+        from synapse.callosum.bus.opening import open_bus  # noqa: PLC0415 - large, and a list in the terminal needs none
+
         bus = await context.get(open_bus)
 
         async def heard(message: Message) -> None:

@@ -114,10 +114,10 @@ class RegistryGroup(HelpfulGroup):
             from synapse.commands import load_group
 
             found = {command.verb: command for command in load_group(str(self.name))}
-            if cmd_name in found:
-                self.add_command(_typer_command(found[cmd_name]), cmd_name)
-            elif cmd_name in self._programs():
+            if cmd_name in self._programs():  # which may show what a command of the same name gives
                 self.add_command(_typer_program(self._programs()[cmd_name]), cmd_name)
+            elif cmd_name in found:
+                self.add_command(_typer_command(found[cmd_name]), cmd_name)
         return self.commands.get(cmd_name)
 
     def _programs(self) -> dict[str, Callable[..., None]]:

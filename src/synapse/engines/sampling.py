@@ -20,6 +20,7 @@ from synapse.engines.request import Sampling, TokenLogprob
 from synapse.errors import InvalidInput
 
 MAX_LOGPROBS = 20
+LARGEST = np.finfo(np.float32).max
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0),
     "top_k": (0, math.inf),
@@ -108,10 +109,12 @@ class _Edited:
         self._seen, self._answered = np.zeros(16, np.int64), np.zeros(16, np.int64)
         """How often each token is in prompt and answer, and in the answer."""
         for token, bias in sampling.logit_bias.items():
-            self._bias[self._place(token)] = bias
+            place = self._place(token)  # first: it may put larger arrays into the place of these
+            self._bias[place] = bias
         if self._penalised:
             for token in set(prompt):
-                self._seen[self._place(token)] = 1
+                place = self._place(token)
+                self._seen[place] = 1
 
     def note(self, token: int, times: int) -> None:
         """Note a token of the answer, or with -1 times that it is none."""
@@ -167,7 +170,8 @@ def edited(logits: NDArray[np.float32], choice: Choice) -> NDArray[np.float32]:
         edits = choice.edits
         logits = logits.copy()
         biased = logits[edits.tokens] + edits.bias
-        logits[edits.tokens] = np.where(biased > 0, biased / edits.factor, biased * edits.factor) - edits.less
+        edited = np.where(biased > 0, biased / edits.factor, biased * edits.factor) - edits.less
+        logits[edits.tokens] = np.clip(edited, -LARGEST, LARGEST)  # an infinite one would take the others with it
     if choice.mask is not None:
         bits = np.unpackbits(choice.mask.view(np.uint8), count=len(logits), bitorder="little")
         logits = np.where(bits, logits, np.float32(-np.inf))

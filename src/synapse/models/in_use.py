@@ -8,8 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from synapse.models.record import RECORD
 
 FOLDER = ".open"
@@ -21,6 +19,8 @@ def hold(folder: Path) -> Callable[[], None]:
     Only models of a library are noted; a file elsewhere is nobody's to remove. Where the library cannot be written,
     nothing is noted either: then it cannot be removed from there.
     """
+    from filelock import FileLock, Timeout  # noqa: PLC0415 (slow to import, and most commands need no lock)
+
     if not (folder / RECORD).is_file():
         return _nothing
     place = _place(folder)
@@ -41,6 +41,8 @@ def hold(folder: Path) -> Callable[[], None]:
 
 def processes(folder: Path) -> list[int]:
     """The processes that have the model in a folder open, by number. What dead ones have left is tidied up."""
+    from filelock import FileLock, Timeout  # noqa: PLC0415 (as in `hold`)
+
     found = set()
     for path in sorted(_place(folder).glob("*-*")):
         lock = FileLock(path)

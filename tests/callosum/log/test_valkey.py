@@ -375,9 +375,9 @@ async def test_what_a_task_has_looked_at_does_not_end_its_wait() -> None:
 
 async def test_an_address_names_a_server_and_a_prefix() -> None:
     address = valkey_address(shared_server().url, new_prefix())
-    log = await open_valkey(address, keep=5)
+    log = await open_valkey(address, keep=5, most_dead=5)
     await log.append([note("1")])
     await log.close()
-    log = await open_valkey(address, keep=5)
+    log = await open_valkey(address, keep=5, most_dead=5)
     assert said(await log.read(None, 5)) == ["1"]
     await log.close()

@@ -141,7 +141,7 @@ def edit(logits: Floats, vocab: Int, choice: Choice, row: Floats):
         at[] = biased / factor if biased > 0 else biased * factor
     for i in range(choice.edits):
         var at = row.unsafe_offset(Int(choice.edit_tokens.unsafe_offset(i)[]))
-        at[] = at[] - choice.edit_less.unsafe_offset(i)[]
+        at[] = max(-Float32.MAX_FINITE, min(Float32.MAX_FINITE, at[] - choice.edit_less.unsafe_offset(i)[]))
     if Int(choice.mask) == 0:
         return
     comptime bits = SIMD[DType.uint8, W](1, 2, 4, 8, 16, 32, 64, 128)
