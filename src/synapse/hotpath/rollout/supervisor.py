@@ -196,7 +196,7 @@ class Supervisor:
         veto = _veto(own, flags, rollout)
         if veto:
             standing.close()
-            return reference_only(veto, hint=stopped_hint(path.name) if rollout.stopped else "")
+            return reference_only(veto, hint=stopped_hint(path.name) if rollout.stopped else _unveto(own))
         names = [stage.name for stage in path.plan]
         if flags.stage not in names and standing.unknown_stage != flags.stage:
             standing.unknown_stage = flags.stage
@@ -253,6 +253,13 @@ def _open(path: HotPath[..., Any], build: FoundBuild) -> Callable[..., Any]:
         return path.native.bind(build.library)
     except Exception as error:  # `bind` is code of the hot path's room, and a library may lack anything
         raise Unusable(f"the build cannot be opened: {type(error).__name__}: {error}") from error
+
+
+def _unveto(own: Flags) -> str:
+    """What ends a veto that the rollout has nothing to do with."""
+    return (
+        "unset SYNAPSE_FORCE_PYTHON" if own.force_python else "the flag service of this process decides it; ask there"
+    )
 
 
 def _veto(own: Flags, flags: Flags, rollout: Rollout) -> str:
