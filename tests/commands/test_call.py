@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -24,7 +24,6 @@ from synapse.commands import (
     command,
     find_command,
     looks_like_path,
-    registry,
 )
 from synapse.config import load_settings
 from synapse.errors import Conflict, InvalidInput, TimedOut
@@ -38,15 +37,6 @@ class Params(BaseModel):
 
 class Result(BaseModel):
     text: str
-
-
-@pytest.fixture(autouse=True)
-def _only_new_commands_are_forgotten() -> Iterator[None]:
-    all_commands()
-    before = dict(registry._commands)
-    yield
-    registry._commands.clear()
-    registry._commands.update(before)
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from pydantic import BaseModel
 
-from synapse.commands import Context, all_commands, command, find_command, load_group, registry
+from synapse.commands import Context, all_commands, command, find_command, load_group
 from synapse.config import load_settings
 from synapse.errors import NotFound
 
@@ -18,15 +16,6 @@ class Params(BaseModel):
 
 class Result(BaseModel):
     text: str
-
-
-@pytest.fixture(autouse=True)
-def _only_new_commands_are_forgotten() -> Iterator[None]:
-    all_commands()
-    before = dict(registry._commands)
-    yield
-    registry._commands.clear()
-    registry._commands.update(before)
 
 
 async def test_a_command_carries_its_types_its_help_and_its_permission() -> None:
