@@ -156,6 +156,17 @@ def test_a_sealed_library_is_intact_and_one_that_is_not_there_is_not(tmp_path: P
     assert is_intact(library)
 
 
+def test_a_library_that_needs_another_than_libc_is_refused_before_it_is_loaded(
+    tmp_path: Path, self_tests: Path
+) -> None:
+    compile_tiny(tmp_path).path.rename(tmp_path / "libother.so")
+    beside = f"-Wl,-rpath,{tmp_path}"  # it would load here, and not where this folder is gone
+    build = compile_tiny(tmp_path, f"-L{tmp_path}", beside, "-Wl,--no-as-needed", "-lother")
+    with pytest.raises(KernelRefused, match=r"it needs libother\.so, and a kernel may need libc only"):
+        load_build(KERNEL, build, tmp_path)
+    assert not self_tests.read_text()
+
+
 @pytest.mark.skipif(platform.machine() not in ABSENT, reason="nothing is known of this architecture")
 def test_a_library_for_a_cpu_with_more_features_is_refused_before_its_self_test(
     tmp_path: Path, self_tests: Path

@@ -67,8 +67,12 @@ KERNEL = KernelSpec(
 )
 
 
-def compile_tiny(folder: Path, **macros: str) -> KernelBuild:
-    """A library as `build_kernel` leaves one in its cache, of C that does AT_LOAD, AT_CALL or asks for FEATURES."""
+def compile_tiny(folder: Path, *link: str, **macros: str) -> KernelBuild:
+    """A library as `build_kernel` leaves one in its cache, of C that does AT_LOAD, AT_CALL or asks for FEATURES.
+
+    Args:
+        link: further arguments of the linker.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("there is no C compiler (cc, gcc or clang) to build the misbehaving kernels with")
@@ -76,6 +80,6 @@ def compile_tiny(folder: Path, **macros: str) -> KernelBuild:
     name = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
     source, library = folder / f"{name}.c", folder / f"tiny-{name}.so"
     source.write_text(C_SOURCE)
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", *flags, str(source), "-o", str(library)], check=True)
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", *flags, str(source), "-o", str(library), *link], check=True)
     seal(library)
     return KernelBuild("tiny", name, library)

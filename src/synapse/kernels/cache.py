@@ -19,7 +19,7 @@ from filelock import FileLock
 from synapse.config import Settings, load_settings
 from synapse.errors import NotFound, Unavailable
 from synapse.kernels.checks import FOLDER, KernelRefused, check_build, check_file, is_intact, load_build, seal
-from synapse.kernels.compiler import FLAGS, compile_source, compiler_version, find_compiler, run_tool
+from synapse.kernels.compiler import FLAGS, OPTIONS, compile_source, compiler_version, find_compiler, run_tool
 from synapse.kernels.cpu import cpu
 from synapse.kernels.native import FoundBuild
 from synapse.kernels.spec import KernelBuild, KernelSpec
@@ -140,7 +140,7 @@ def build_standalone(spec: KernelSpec, target: Path) -> Path:
     compiler = find_compiler()
     with tempfile.TemporaryDirectory(prefix="synapse-kernel-") as scratch:
         code, program = Path(scratch) / "main.o", Path(scratch) / "program"
-        compile_source(compiler, spec.main, code, "--emit", "object", "-O3")
+        compile_source(compiler, spec.main, code, "--emit", "object", *OPTIONS)
         entry = f"-Wl,--gc-sections,--defsym=main={spec.name}_main"
         run_tool([linker, str(code), "-o", str(program), entry, "-lm"], spec.main)
         target.parent.mkdir(parents=True, exist_ok=True)

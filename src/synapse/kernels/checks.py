@@ -31,6 +31,9 @@ PASSED = "passed"
 """The folder in the cache with a file for each library that has passed."""
 SELF_TEST_SECONDS = 30.0
 """How long loading and self-test may take; less than a new build has to open in its burn-in, where they may happen."""
+SYSTEM_LIBRARIES = ("libc.", "libm.", "libdl.", "libpthread.", "ld-linux", "ld-musl")
+"""How the libraries are called that a kernel may need: they are wherever Python is. Those of the compiler stay where it
+was, and a cached build outlives that place."""
 SEAL = b"SYNSUM01"
 """How a library that Synapse built ends, after the sha256 of all that comes before it. No loader looks there."""
 SEAL_BYTES = hashlib.sha256().digest_size + len(SEAL)
@@ -113,6 +116,9 @@ def check_file(spec: KernelSpec, path: Path) -> None:
     missing = [symbol for symbol in spec.symbols if symbol not in library.symbols]
     if missing:
         raise _refused(spec, path, f"it does not export {', '.join(missing)}")
+    absent_elsewhere = [name for name in library.needed if not name.startswith(SYSTEM_LIBRARIES)]
+    if absent_elsewhere:
+        raise _refused(spec, path, f"it needs {', '.join(absent_elsewhere)}, and a kernel may need libc only")
 
 
 def seal(path: Path) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from synapse.errors import InternalError, Unavailable
 
-FLAGS = ("--emit", "shared-lib", "-O3")
+OPTIONS = ("-O3", "-D", "ASSERT=none")
+"""How every kernel is compiled. An assertion of Mojo's library would print with Mojo's runtime, and so need it."""
+FLAGS = ("--emit", "shared-lib", *OPTIONS)
 """What every library is compiled with."""
 COMPILE_SECONDS = 300
 

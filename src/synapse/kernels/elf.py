@@ -1,6 +1,6 @@
-"""What a shared library says about itself: class, machine and exported symbols, read from the file without loading it.
+"""What a shared library says about itself: class, machine, symbols, and which others it needs.
 
-Loading a damaged library can kill the process, so this comes first. Format: System V ABI, chapters 4 and 5 (64-bit).
+It is read without loading it, since loading a damaged library can kill the process. Format: System V ABI, chapters 4 and 5 (64-bit).
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SEGMENT = struct.Struct("<IIQQQQQQ")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
+_TAG = struct.Struct("<qQ")
 _SHARED_OBJECT = 3
 _LOAD = 1
+_DYNAMIC = 6
 _DYNAMIC_SYMBOLS = 11
+_NEEDED = 1
 _LARGEST = 2**28
 
 
@@ -32,6 +35,8 @@ class SharedLibrary:
     machine: int
     symbols: frozenset[str]
     """The symbols it defines for others."""
+    needed: tuple[str, ...]
+    """The libraries that the loader must find with it (DT_NEEDED)."""
 
 
 def read_library(path: Path) -> SharedLibrary:
@@ -86,15 +91,25 @@ def _parse(path: Path, content: bytes) -> SharedLibrary:
             raise _refused(path, "it is cut short: a segment ends behind the end of the file")
     headers = [_SECTION.unpack_from(content, sections + index * section_size) for index in range(section_count)]
     symbols: set[str] = set()
+    needed: list[str] = []
     for _, section_kind, _, _, offset, size, link, *_ in headers:
-        if section_kind == _DYNAMIC_SYMBOLS:
-            names, names_size = headers[link][4:6]
-            table = content[names : names + names_size]
-            for at in range(offset, offset + size, _SYMBOL.size):
-                name, _, _, section, _, _ = _SYMBOL.unpack_from(content, at)
-                if section:
-                    symbols.add(table[name : table.index(b"\0", name)].decode("utf-8"))
-    return SharedLibrary(machine, frozenset(symbols))
+        if section_kind not in (_DYNAMIC, _DYNAMIC_SYMBOLS):
+            continue
+        names, names_size = headers[link][4:6]
+        table = content[names : names + names_size]
+        if section_kind == _DYNAMIC:
+            tags = (_TAG.unpack_from(content, at) for at in range(offset, offset + size, _TAG.size))
+            needed += [_name(table, value) for tag, value in tags if tag == _NEEDED]
+            continue
+        for at in range(offset, offset + size, _SYMBOL.size):
+            name, _, _, section, _, _ = _SYMBOL.unpack_from(content, at)
+            if section:
+                symbols.add(_name(table, name))
+    return SharedLibrary(machine, frozenset(symbols), tuple(needed))
+
+
+def _name(table: bytes, at: int) -> str:
+    return table[at : table.index(b"\0", at)].decode("utf-8")
 
 
 def _refused(path: Path, reason: str) -> Corrupt:
