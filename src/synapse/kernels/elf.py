@@ -1,6 +1,7 @@
 """What a shared library says about itself: class, machine, symbols, and which others it needs.
 
-It is read without loading it, since loading a damaged library can kill the process. Format: System V ABI, chapters 4 and 5 (64-bit).
+It is read without loading it, since loading a damaged library can kill the process. Format: System V ABI, chapters 4
+and 5 (64-bit).
 """
 
 from __future__ import annotations
