@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.models.adapter import read_adapter
+from synapse.models.adapters.adapter import read_adapter
 from synapse.models.config import ModelConfig
 from synapse.models.gguf_file import PARTS
 

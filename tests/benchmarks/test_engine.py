@@ -27,7 +27,7 @@ from support.tiny_models import build_tiny_model
 from synapse.engines import Engine, Limits
 from synapse.engines.engine import open_engine_file
 from synapse.errors import InvalidInput, Unavailable
-from synapse.models.adapter import read_adapter
+from synapse.models.adapters.adapter import read_adapter
 from synapse.models.gguf_file import open_model_file
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from synapse.encoders.linear import Linear
 from synapse.encoders.transformer import ReferenceEncoder
 from synapse.encoders.weights import load_encoder_weights
 from synapse.engines.native.linear import Int8Map, Mapper
-from synapse.models.encoder_file import open_encoder_file
+from synapse.models.encoder.file import open_encoder_file
 
 Array = NDArray[np.float32]
 

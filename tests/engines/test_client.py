@@ -29,8 +29,8 @@ from synapse.engines import (
 )
 from synapse.engines.commands import GetEngineStats, engine_stats
 from synapse.errors import Corrupt, NotFound, SynapseError
+from synapse.models.adapters.files import LAYERS_FOLDER, content_address
 from synapse.models.chat_template import Message
-from synapse.models.layer_files import LAYERS_FOLDER, content_address
 from synapse.models.library import open_library
 
 ENDLESS = Request((5, 6), max_tokens=400, ignore_eos=True, sampling=Sampling(temperature=0))

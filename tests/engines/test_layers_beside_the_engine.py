@@ -16,7 +16,7 @@ from support.tiny_models import build_tiny_model
 from synapse.engines import DeadlineExceeded, Delta, Engine, EngineRunner, Limits, Request, Sampling
 from synapse.engines.engine import open_engine_file
 from synapse.engines.reference.lora import Layer
-from synapse.models.adapter import Adapter
+from synapse.models.adapters.adapter import Adapter
 
 GREEDY = Sampling(temperature=0)
 ACTIVE = 40
@@ -184,7 +184,7 @@ def test_files_that_changed_behind_their_times_are_not_taken_for_the_layer(
     folder = random_adapter(tmp_path / "layer", engine.config, rank=2, seed=0)
     layer = engine.load_layer(folder)
     with monkeypatch.context() as unread:
-        unread.setattr("synapse.models.adapter.content_address", lambda *_: "hashed again")
+        unread.setattr("synapse.models.adapters.adapter.content_address", lambda *_: "hashed again")
         assert engine.layers.read(folder).layer.id == layer
     file = folder / "adapter_model.safetensors"
     before, data = file.stat(), bytearray(file.read_bytes())

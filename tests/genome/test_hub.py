@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from synapse.commands import Context
 from synapse.errors import Forbidden, InvalidInput, NotFound, Unavailable
 from synapse.genome.registry import LayerRegistry
-from synapse.models.adapter import LayerRefused
+from synapse.models.adapters.adapter import LayerRefused
 from tests.genome.conftest import Bench
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -16,7 +16,7 @@ from synapse.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailabl
 from synapse.genome.entities import Genome, GenomeLayer, TraitType
 from synapse.genome.registry import LayerRegistry, suggested_name
 from synapse.genome.stack import stack
-from synapse.models.adapter import LayerRefused, read_adapter
+from synapse.models.adapters.adapter import LayerRefused, read_adapter
 from synapse.store import Duplicate, InUse, Store
 from tests.genome.conftest import Bench
 

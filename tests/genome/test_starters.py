@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from scripts.starters import captain, captain_lines, cards, dates, orders
 from scripts.starters.example import Example
-from synapse.models.adapter import read_adapter
+from synapse.models.adapters.adapter import read_adapter
 
 STARTERS = Path(str(files("synapse.genome") / "starters"))
 NAMES = ("json-record", "iso-date", "sea-captain")

@@ -15,7 +15,7 @@ from synapse.errors import Unavailable
 from synapse.kernels.fatal_signals import install
 from synapse.kernels.mapped_file import MappedFile
 from synapse.models.gguf_file import open_model_file
-from synapse.models.transfer import sha256_of
+from synapse.models.pulling.transfer import sha256_of
 from synapse.vectors.file import IndexDamaged
 from synapse.vectors.index import PatternIndex
 

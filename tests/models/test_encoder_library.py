@@ -14,7 +14,7 @@ from support.hub_server import Hub, hub_server
 from support.small_gguf import write_small_gguf
 from support.tiny_encoders import build_tiny_encoder
 from synapse.errors import Conflict, NotFound, Unavailable
-from synapse.models.encoder_file import open_encoder_file
+from synapse.models.encoder.file import open_encoder_file
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.library import ModelLibrary
 from synapse.models.manifest import (

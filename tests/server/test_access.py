@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from synapse.commands import LacksPermission
 from synapse.server.access import Caller, check_local, host_of, is_loopback
-from synapse.server.errors import NotLocal
+from synapse.server.http.errors import NotLocal
 
 
 def request(client: str | None = "127.0.0.1", **headers: str) -> Request:

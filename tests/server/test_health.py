@@ -17,7 +17,7 @@ from support.live_server import Live, wait_until
 from synapse.commands import Context
 from synapse.config import Settings
 from synapse.server.app import create_app
-from synapse.server.request_log import configure_logging
+from synapse.server.http.request_log import configure_logging
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from synapse.commands import Context, find_command
 from synapse.config import Settings
 from synapse.engines import EngineHost, EngineStats, open_engines
 from synapse.server.app import create_app
-from synapse.server.routing import ServerState
+from synapse.server.http.routing import ServerState
 from synapse.server.run import Server, bind, make_server
 
 CONTEXT = 512

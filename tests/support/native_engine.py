@@ -32,7 +32,7 @@ from synapse.hotpath.paths import ready
 from synapse.kernels.checks import FOLDER, load_build
 from synapse.kernels.compiler import CompilerMissing
 from synapse.kernels.spec import KernelBuild
-from synapse.models.adapter import Adapter, LoraFactors
+from synapse.models.adapters.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS, ModelConfig
 from synapse.models.gguf_file import PARTS
 

@@ -58,7 +58,7 @@ def chat(
 
     Piped text is the message, or follows the one given with -m. What is said to a persona is kept as a conversation.
     """
-    from synapse.cli.chat import ChatRequest, run_chat
+    from synapse.cli.chat.program import ChatRequest, run_chat
 
     given = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     sampling = {setting: value for setting, value in given.items() if value is not None}

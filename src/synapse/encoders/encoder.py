@@ -19,9 +19,9 @@ from synapse.engines.engine import Backend
 from synapse.engines.native.kernel import find
 from synapse.errors import InvalidInput, Unavailable
 from synapse.kernels.native import python_forced
-from synapse.models.encoder_config import EncoderConfig, Pooling
-from synapse.models.encoder_file import open_encoder_file
-from synapse.models.encoder_tokenizer import EncoderTokenizer, TokenizedText
+from synapse.models.encoder.config import EncoderConfig, Pooling
+from synapse.models.encoder.file import open_encoder_file
+from synapse.models.encoder.tokenizer import EncoderTokenizer, TokenizedText
 from synapse.models.errors import ModelFileCorrupt
 from synapse.models.in_use import hold
 from synapse.models.library import ModelLibrary

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synapse.encoders.weights import EncoderWeights, Norm
-from synapse.models.encoder_config import EncoderConfig
+from synapse.models.encoder.config import EncoderConfig
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int32]

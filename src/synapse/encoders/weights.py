@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synapse.encoders.linear import Linear, LinearMaker
-from synapse.models.encoder_config import EncoderConfig
-from synapse.models.encoder_file import EncoderFile
+from synapse.models.encoder.config import EncoderConfig
+from synapse.models.encoder.file import EncoderFile
 
 Array = NDArray[np.float32]
 

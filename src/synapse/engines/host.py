@@ -22,7 +22,7 @@ from synapse.engines.native.layers import Precision
 from synapse.engines.native.packed.file import Quantisation
 from synapse.engines.native.packed.source_hash import source_sha256
 from synapse.engines.runner import EngineRunner
-from synapse.models.layer_files import LAYERS_FOLDER
+from synapse.models.adapters.files import LAYERS_FOLDER
 from synapse.models.library import ModelLibrary, open_library
 
 

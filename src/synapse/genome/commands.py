@@ -17,7 +17,7 @@ from synapse.genome.notation import NOTATION, parse_layers
 from synapse.genome.registry import LayerRegistry, open_layers
 from synapse.genome.sources import STARTER, STARTERS, is_folder, starter_names
 from synapse.genome.views import GenomeInfo, find_genome, genome_info
-from synapse.models.layer_files import LAYER_FILES
+from synapse.models.adapters.files import LAYER_FILES
 from synapse.store import build, open_store
 
 

@@ -1,7 +1,7 @@
 """The layers of this home: their files by content, their descriptions in the store.
 
-Files lie in ``layers/<sha256>/``, where the sha256 is `synapse.models.adapter.content_address`. A folder appears there
-whole or not at all, and never changes. Two layers of the same content share one folder.
+Files lie in ``layers/<sha256>/``, where the sha256 is `synapse.models.adapters.adapter.content_address`. A folder
+appears there whole or not at all, and never changes. Two layers of the same content share one folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from synapse.genome.cards import CARD_FILE
 from synapse.genome.entities import GenomeLayer, SharePermission, TraitType
 from synapse.genome.events import publish_layer
 from synapse.genome.sources import DOWNLOADING, LayerFiles, read_source
-from synapse.models.layer_files import (
+from synapse.models.adapters.files import (
     CONFIG_FILE,
     LAYER_FILES,
     LAYERS_FOLDER,
@@ -36,7 +36,7 @@ from synapse.models.library import ModelLibrary, open_library
 from synapse.store import Duplicate, Store, build, open_store
 
 if TYPE_CHECKING:
-    from synapse.models.adapter import Adapter
+    from synapse.models.adapters.adapter import Adapter
 
 UNFINISHED = ".adding-"
 LOCK_SECONDS = 120
@@ -268,7 +268,7 @@ def suggested_name(text: str) -> str:
 
 def _check(found: LayerFiles, model_path: Path, base: str) -> Adapter:
     """The checked layer. Nothing else here looks into model files, so only this loads what reads them."""
-    from synapse.models.adapter import check_adapter  # noqa: PLC0415
+    from synapse.models.adapters.adapter import check_adapter  # noqa: PLC0415
     from synapse.models.gguf_file import open_model_file  # noqa: PLC0415
 
     return check_adapter(found.config, found.weights, open_model_file(model_path).config, names=[base])

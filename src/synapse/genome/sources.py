@@ -17,8 +17,8 @@ from synapse.commands import Progress
 from synapse.errors import Forbidden, InvalidInput, NotFound, Unavailable
 from synapse.genome.cards import CARD_FILE, MAX_CARD_BYTES, Card, parse_card
 from synapse.genome.entities import TrainingMetrics
-from synapse.models.adapter_errors import LayerRefused
-from synapse.models.layer_files import (
+from synapse.models.adapters.errors import LayerRefused
+from synapse.models.adapters.files import (
     CONFIG_FILE,
     LAYER_FILES,
     MAX_CONFIG_BYTES,

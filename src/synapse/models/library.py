@@ -28,9 +28,9 @@ from synapse.models.manifest import (
     name_of,
     parse_source,
 )
+from synapse.models.pulling.transfer import Cancelled, DiskFull, Transfer, disk_errors
+from synapse.models.pulling.wanted import same_model, wanted_from
 from synapse.models.record import RECORD, LibraryModel, Record
-from synapse.models.transfer import Cancelled, DiskFull, Transfer, disk_errors
-from synapse.models.wanted import same_model, wanted_from
 
 SECONDS_BETWEEN_TRIES = 0.2
 
@@ -209,7 +209,7 @@ class ModelLibrary:
         return wanted_from(place, name, self._manifests.get(name))
 
     def _pull(self, manifest: Manifest, transfer: Transfer) -> LibraryModel:
-        from synapse.models.installing import install  # noqa: PLC0415 (reading models takes numpy and tokenizers)
+        from synapse.models.pulling.installing import install  # noqa: PLC0415 (reading models takes numpy and tokenizers)
 
         started = time.perf_counter()
         with disk_errors(self._folder), self._lock(manifest.name, transfer):

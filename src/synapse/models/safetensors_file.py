@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.models.adapter_errors import LayerCorrupt, LayerRefused
+from synapse.models.adapters.errors import LayerCorrupt, LayerRefused
 
 MAX_HEADER_BYTES = 2**20
 MAX_DIMENSIONS = 8

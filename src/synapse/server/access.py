@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 
 from synapse.commands import require
-from synapse.server.errors import BadKey, NotLocal
+from synapse.server.http.errors import BadKey, NotLocal
 from synapse.server.keys import KeyPermission, Keys
 
 Needs = Literal["chat", "read", "manage", "any"]

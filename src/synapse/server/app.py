@@ -24,14 +24,16 @@ from synapse.commands import Context
 from synapse.engines import open_engines
 from synapse.errors import InternalError, InvalidInput, NotFound, SynapseError
 from synapse.hotpath.rollout.watch import open_hotpaths
-from synapse.server import embeddings, event_routes, health, metrics, openai_routes
+from synapse.server import event_routes, health, metrics
 from synapse.server.command_routes import command_routes
-from synapse.server.errors import WrongMethod, error_response, from_validation, too_deep
 from synapse.server.events import ServerStarted, ServerStopped
-from synapse.server.head import HeadAsGet
-from synapse.server.limits import Slots
-from synapse.server.request_log import RequestLog
-from synapse.server.routing import ServerState
+from synapse.server.http.errors import WrongMethod, error_response, from_validation, too_deep
+from synapse.server.http.head import HeadAsGet
+from synapse.server.http.limits import Slots
+from synapse.server.http.request_log import RequestLog
+from synapse.server.http.routing import ServerState
+from synapse.server.openai import embeddings
+from synapse.server.openai import routes as openai_routes
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("synapse.server")
 

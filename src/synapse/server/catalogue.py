@@ -15,7 +15,7 @@ from synapse.models.library import open_library
 from synapse.models.manifest import ModelKind
 from synapse.personas.entities import Persona
 from synapse.personas.sampling import SamplingDefaults
-from synapse.server.errors import UnknownModel
+from synapse.server.http.errors import UnknownModel
 from synapse.store import open_store
 
 BARE = SamplingDefaults(temperature=1.0, top_p=1.0)

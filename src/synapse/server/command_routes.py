@@ -19,9 +19,9 @@ from synapse.commands import GROUPS, Call, Command, Permission, Progress, all_co
 from synapse.commands.call import new_trace
 from synapse.errors import InternalError, InvalidInput, SynapseError
 from synapse.server.access import Caller
-from synapse.server.errors import problem_body
-from synapse.server.event_stream import EventStream, plain_event
-from synapse.server.routing import ServerState, guarded
+from synapse.server.http.errors import problem_body
+from synapse.server.http.event_stream import EventStream, plain_event
+from synapse.server.http.routing import ServerState, guarded
 
 TRACE = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 """A W3C ``traceparent``."""

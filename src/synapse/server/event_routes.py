@@ -15,8 +15,8 @@ from synapse.callosum.log.reading import follow
 from synapse.callosum.topics import matcher
 from synapse.callosum.views import view_of
 from synapse.errors import InvalidInput, Overloaded
-from synapse.server.event_stream import KEEP_ALIVE, EventStream, named_event
-from synapse.server.routing import ServerState, guarded
+from synapse.server.http.event_stream import KEEP_ALIVE, EventStream, named_event
+from synapse.server.http.routing import ServerState, guarded
 
 MOST_LISTENERS = 100
 """Streams open at once. Each reads the log by itself, at the pace of its own client."""

@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse
 
 from synapse.engines import open_engines
 from synapse.errors import SynapseError
+from synapse.server.http.routing import ServerState
 from synapse.server.keys import any_key_exists
-from synapse.server.routing import ServerState
 from synapse.store import open_store
 
 STORE_TIMEOUT = 2.0

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from synapse.hotpath.metrics.prometheus import CONTENT_TYPE, prometheus_text
-from synapse.server.routing import guarded
+from synapse.server.http.routing import guarded
 
 router = APIRouter(tags=["health"], route_class=guarded("read"))
 

@@ -22,15 +22,15 @@ from synapse.errors import Conflict, Forbidden, InvalidInput, Unavailable
 from synapse.server.access import MAKE_A_KEY, is_loopback
 from synapse.server.app import create_app
 from synapse.server.catalogue import list_served
-from synapse.server.connections import (
+from synapse.server.http.connections import (
     BACKLOG,
     HEADER_SECONDS,
     UNREAD_SECONDS,
     guarded_protocol,
     most_connections,
 )
+from synapse.server.http.request_log import configure_logging
 from synapse.server.keys import any_key_exists
-from synapse.server.request_log import configure_logging
 from synapse.store import open_store
 
 STOPPING_TIME = 30

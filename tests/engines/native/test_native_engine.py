@@ -24,7 +24,7 @@ from synapse.engines.native.transformer import NativeTransformer
 from synapse.engines.reference.transformer import ReferenceTransformer
 from synapse.engines.request import Event
 from synapse.errors import Corrupt, InvalidInput, Unavailable
-from synapse.models.adapter import LoraFactors
+from synapse.models.adapters.adapter import LoraFactors
 from synapse.models.config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("at_home")

@@ -17,7 +17,7 @@ from synapse.engines.native.model import NativeModel
 from synapse.engines.native.packed.packing import Kind
 from synapse.engines.reference.lora import Stack
 from synapse.engines.reference.transformer import Chunk, StepLogits
-from synapse.models.adapter import Adapter, LoraFactors
+from synapse.models.adapters.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS, ModelConfig
 
 Closing = Callable[[NativeModel], NativeModel]

@@ -32,7 +32,7 @@ from synapse.engines.native.packed.file import open_packed
 from synapse.engines.native.packed.source_hash import source_sha256
 from synapse.engines.reference.lora import Stack, lora_layer
 from synapse.engines.reference.transformer import Chunk
-from synapse.models.adapter import Adapter, LoraFactors, read_adapter
+from synapse.models.adapters.adapter import Adapter, LoraFactors, read_adapter
 from synapse.models.config import PROJECTIONS
 from synapse.models.gguf_file import open_model_file
 

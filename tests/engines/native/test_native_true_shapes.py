@@ -18,7 +18,7 @@ from synapse.engines.native.packed.source_hash import source_sha256
 from synapse.engines.reference.lora import Stack, lora_layer
 from synapse.engines.reference.transformer import Chunk, ReferenceTransformer
 from synapse.engines.reference.weights import packed_weights
-from synapse.models.adapter import read_adapter
+from synapse.models.adapters.adapter import read_adapter
 from synapse.models.gguf_file import open_model_file
 
 BOUND = 0.1

@@ -15,7 +15,7 @@ from synapse.engines.cache.loader import LayerLoader
 from synapse.engines.events import LayerInMemory
 from synapse.engines.reference.lora import Layer
 from synapse.errors import Conflict, Corrupt, NotFound
-from synapse.models.adapter import Adapter, read_adapter
+from synapse.models.adapters.adapter import Adapter, read_adapter
 from synapse.models.config import ModelConfig
 
 SETTLED_SECONDS = 2.0

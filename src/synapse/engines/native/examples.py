@@ -15,7 +15,7 @@ from synapse.engines.native.model import NativeModel
 from synapse.engines.native.packed.file import PackedModel
 from synapse.engines.native.packed.packing import Kind
 from synapse.engines.reference.transformer import Chunk
-from synapse.models.adapter import Adapter, LoraFactors
+from synapse.models.adapters.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS, ModelConfig, RopeConfig
 from synapse.models.gguf_file import PARTS
 

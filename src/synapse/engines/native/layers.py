@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.models.adapter import Adapter, LoraFactors
+from synapse.models.adapters.adapter import Adapter, LoraFactors
 from synapse.models.config import PROJECTIONS
 
 Factors = Mapping[tuple[int, str], tuple[NDArray[np.float32], NDArray[np.float32]]]

@@ -23,7 +23,7 @@ from synapse.errors import Unavailable
 from synapse.hotpath.paths import PATHS, hotpath, ready, standing
 from synapse.hotpath.rollout.plan import Plan, Stage
 from synapse.kernels.native import NativeSide
-from synapse.models.adapter import Adapter
+from synapse.models.adapters.adapter import Adapter
 from synapse.models.gguf_file import ModelFile
 
 PATH = "engine"

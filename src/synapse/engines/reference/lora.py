@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.models.adapter import Adapter
+from synapse.models.adapters.adapter import Adapter
 
 Array = NDArray[np.float32]
 

@@ -18,7 +18,7 @@ from synapse.engines.cache.blocks import BLOCK_TOKENS, KVCache
 from synapse.engines.choice import UNDECIDED, Choice
 from synapse.engines.reference.lora import Layer, LoraGroup, Stack, add_lora, group_by_layer, lora_layer
 from synapse.engines.reference.weights import BlockWeights, Weights
-from synapse.models.adapter import Adapter
+from synapse.models.adapters.adapter import Adapter
 from synapse.models.config import ModelConfig
 
 Array = NDArray[np.float32]

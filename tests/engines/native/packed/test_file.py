@@ -31,7 +31,7 @@ from synapse.engines.reference.weights import Weights, load_weights, packed_weig
 from synapse.errors import NotFound, Unavailable
 from synapse.models.errors import ModelFileCorrupt
 from synapse.models.gguf_file import ModelFile, open_model_file
-from synapse.models.transfer import sha256_of
+from synapse.models.pulling.transfer import sha256_of
 
 BOTH: tuple[Quantisation, ...] = ("auto", "int8")
 
@@ -291,7 +291,7 @@ FILL_UP = (
     OPEN
     + """
 import resource
-from synapse.models.transfer import DiskFull
+from synapse.models.pulling.transfer import DiskFull
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 try:
     open_packed(file, sha256, folder)

@@ -21,7 +21,7 @@ from synapse.engines.native.packed.model import PackedModel
 from synapse.errors import Unavailable
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.gguf_file import TENSOR_TYPES, ModelFile, open_model_file
-from synapse.models.transfer import sha256_of
+from synapse.models.pulling.transfer import sha256_of
 
 Header = dict[str, Any]
 many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -40,7 +40,7 @@ from synapse.kernels.mapped_file import MappedFile
 from synapse.log import Logger
 from synapse.models.errors import ModelFileCorrupt
 from synapse.models.gguf_file import ModelFile
-from synapse.models.transfer import DiskFull, disk_errors, flush, sha256_of
+from synapse.models.pulling.transfer import DiskFull, disk_errors, flush, sha256_of
 
 __all__ = ["PackedFileDamaged", "PackedModel", "Quantisation", "open_packed"]
 

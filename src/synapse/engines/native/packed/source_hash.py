@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from synapse.errors import NotFound
 from synapse.log import Logger
+from synapse.models.pulling.transfer import sha256_of
 from synapse.models.record import RECORD, Record
-from synapse.models.transfer import sha256_of
 
 log = Logger(__name__)
 

@@ -1,0 +1,1 @@
+"""`synapse chat`: one answer for a script, or a conversation at a prompt."""

@@ -1,0 +1,1 @@
+"""LoRA layers as files: PEFT's folders, read and checked."""

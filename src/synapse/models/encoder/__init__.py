@@ -1,0 +1,1 @@
+"""Encoders as files: a folder as sentence-transformers writes it, read and checked."""
