@@ -24,6 +24,7 @@ from synapse.engines.opening import open_engine_file
 from synapse.engines.runner import EngineRunner
 from synapse.models.adapters.files import LAYERS_FOLDER
 from synapse.models.library import ModelLibrary, open_library
+from synapse.models.record import pre_tokenizer_of
 
 
 def open_engine(model: str, backend: Backend = "auto", *, limits: Limits | None = None) -> Engine:
@@ -59,7 +60,8 @@ class EngineHost:
         """
         path = self._library.resolve(model)
         sha256 = await asyncio.to_thread(source_sha256, path, self._settings.folder("packed"))
-        return (await self._openings.get(sha256, lambda: self._open(path))).client
+        content = " ".join(filter(None, (sha256, pre_tokenizer_of(path))))
+        return (await self._openings.get(content, lambda: self._open(path))).client
 
     async def _open(self, path: Path) -> _Opened:
         backend = cast(Backend, self._settings.backend)
@@ -81,8 +83,8 @@ class EngineHost:
 
     @property
     def loaded(self) -> dict[str, EngineRunner]:
-        """The engines that are open, by the sha256 of their model files."""
-        return {sha256: opened.runner for sha256, opened in self._openings.values().items()}
+        """The engines that are open, by the sha256 of their model files and what their records say of tokenizers."""
+        return {content: opened.runner for content, opened in self._openings.values().items()}
 
     def clients(self) -> list[EngineClient]:
         """Clients of the engines that are open."""
