@@ -23,7 +23,7 @@ PROMPT = tuple(range(100, 132))
 
 def another_file(model: Path, folder: Path) -> Path:
     """A copy of a model whose last weight is another one: a second model of the same size."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     copy = folder / model.name
     shutil.copyfile(model, copy)
     with copy.open("r+b") as file:
@@ -45,7 +45,7 @@ class Streaming:
 
     async def _stream(self) -> None:
         for seed in range(10**6):
-            request = Request(PROMPT, sampling=Sampling(seed=seed), max_tokens=4000, ignore_eos=True)
+            request = Request(PROMPT, sampling=Sampling(seed=seed), max_tokens=400, ignore_eos=True)
             async with aclosing(self._client.generate(request)) as events:
                 async for event in events:
                     if isinstance(event, Delta):
@@ -66,12 +66,13 @@ class Streaming:
 
 
 async def second_model_rows(
-    model: Path, home: Path, *, idle_seconds: float, openings: int, **settings: Any
+    model: Path, home: Path, openings: int, *, idle_seconds: float = 5.0, **settings: Any
 ) -> list[dict[str, Any]]:
     """Gaps while nothing else is done, while a model is opened that has to be packed, and while one is that is packed.
 
     Args:
-        home: an empty folder, for packed models.
+        home: a folder, for packed models.
+        openings: of each kind.
         settings: what else is not as by default.
     """
     second = another_file(model, home / "second")
@@ -94,7 +95,8 @@ async def second_model_rows(
                 await asyncio.sleep(PAUSE)
         await streaming.stop()
         client.close()
-    return [_row(name, measured) for name, measured in found.items()]
+    rows = [_row(name, measured) for name, measured in found.items()]
+    return [{**row, "p99_of_idle": row["gap_p99_ms"] / rows[0]["gap_p99_ms"]} for row in rows]
 
 
 def _row(name: str, measured: list[tuple[list[float], float]]) -> dict[str, Any]:
