@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from synapse.config import Settings, load_settings
 from synapse.engines.answering import ASKED_FOR, Answering
-from synapse.engines.engine import Engine, cache_tokens
+from synapse.engines.engine import Engine, cache_tokens, layer_bytes
 from synapse.engines.limits import Backend, Limits
 from synapse.engines.native.model import check_shape, cores
 from synapse.engines.native.packed.file import packed_size
@@ -117,7 +117,7 @@ def needed_bytes(model: ModelHead, limits: Limits, *, native: bool) -> int:
     else:
         weights, number = 4 * sum(map(prod, model.shapes.values())), 4
     token = number * model.config.kv_numbers
-    return weights + token * cache_tokens(limits, context_of(model, limits), token) + limits.max_layer_bytes
+    return weights + token * cache_tokens(limits, context_of(model, limits), token) + layer_bytes(limits)
 
 
 def context_of(model: ModelHead, limits: Limits) -> int:

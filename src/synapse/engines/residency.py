@@ -87,9 +87,11 @@ class Residency:
 
         Args:
             keep_alive: seconds that a model stays open when nobody uses it; infinity means for ever.
-            limit: bytes that all models may take together; 0 means three quarters of the machine's memory.
+            limit: bytes that all models may take together; 0 means three quarters of the machine's memory, or what one
+                model needs that is alone: most of what is counted is taken only as it fills.
         """
         self.limit = limit or int(SHARE * machine_memory())
+        self._strict = bool(limit)
         self._keep_alive = keep_alive
         self._openings: Openings[Hashable, _Place] = Openings()
         self._places: dict[Hashable, _Place] = {}
@@ -169,7 +171,8 @@ class Residency:
         async with self._memory:
             while True:
                 others = [each for each in (*self._places.values(), *self._closing) if each is not place]
-                free = self.limit - sum(each.bytes for each in others)
+                limit = self.limit if self._strict else max(self.limit, needed)
+                free = limit - sum(each.bytes for each in others)
                 if needed <= free:
                     break
                 idle = sorted((each for each in others if each.idle), key=lambda each: each.idle_since)

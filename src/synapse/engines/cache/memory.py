@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 SHARE = 8
-"""The part of the machine's memory that one engine's KV cache may take at most: an eighth."""
+"""The part of the machine's memory that one engine's KV cache may take at most, and its layers: an eighth each."""
 BATCHES = 4
 """No more than this many batches of sequences of the longest length are ever kept."""
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
