@@ -136,9 +136,11 @@ async def test_a_front_end_needs_no_weights_and_says_what_the_engine_does(client
         assert each.fit_chat(messages) == client.front.fit_chat(messages)
 
 
-async def test_stats_say_which_engine_answers_and_what_helps(home: Path) -> None:
+@pytest.mark.usefixtures("client")
+async def test_stats_say_which_engine_answers_and_what_helps(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(home.parent / "tiny.gguf")
-    for backend, reason in (("reference", "the setting"), ("auto", "not built")):
+    monkeypatch.setenv("SYNAPSE_FORCE_PYTHON", "1")
+    for backend, reason in (("reference", "the setting"), ("auto", "Python is forced")):
         async with Context(Settings(home=home, max_context=64, threads=1, backend=backend)) as context:
             client = await (await context.get(open_engines)).get(model)
             (state,) = (await engine_stats(GetEngineStats(), context)).items
