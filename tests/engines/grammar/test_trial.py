@@ -81,7 +81,7 @@ def test_a_schema_that_grows_without_end_is_refused_before_it_does(grammars: Gra
 
 
 def test_what_the_library_refuses_is_said_in_its_words(grammars: Grammars, trial: Trial) -> None:
-    with pytest.raises(BadGrammar, match="cannot be used as a constraint: .*regex parse error") as refused:
+    with pytest.raises(BadGrammar, match=r"cannot be used as a constraint: .*regex parse error") as refused:
         grammars.compile(Grammar("regex", "(a"))
     assert refused.value.hint
 
