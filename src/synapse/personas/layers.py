@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from synapse.callosum.kept import open_kept
 from synapse.commands import Context
-from synapse.engines import LayersOverflow, layers_overflow
 from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference
 from synapse.genome.opening import open_layers
 from synapse.genome.stack import stack
@@ -35,6 +34,8 @@ async def persona_stack(context: Context, persona: Persona) -> tuple[tuple[str, 
 
 async def named(context: Context, error: Exception) -> Exception:
     """The same error in words a person uses: what engines know by sha256 has a name here."""
+    from synapse.engines.request import LayersOverflow, layers_overflow  # noqa: PLC0415 (a list needs no engine)
+
     if not isinstance(error, LayersOverflow):
         return error
     store = await context.get(open_store)
