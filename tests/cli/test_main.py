@@ -175,3 +175,12 @@ def test_completion_lists_groups_and_gives_its_script() -> None:
     done = run_process(_SYNAPSE_COMPLETE="complete_bash", COMP_WORDS="synapse per", COMP_CWORD="1")
     assert done.stdout.split() == ["persona"]
     assert "_SYNAPSE_COMPLETE=complete_bash" in run_process(_SYNAPSE_COMPLETE="source_bash").stdout
+
+
+def test_one_argument_too_many_and_a_nearly_right_model_are_told_in_plain_words(synapse) -> None:
+    spoken = synapse("chat", "pip", "hello", "there")
+    assert spoken.code == 2
+    assert "synapse chat takes no further argument, found 'hello there'" in spoken.err
+    assert 'say something with -m "hello there"' in spoken.err
+    assert "quote what has spaces" in synapse("persona", "delete", "pip", "too").err
+    assert "did you mean smollm2-135m?" in synapse("model", "pull", "Smollm2-135m").err

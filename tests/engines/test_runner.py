@@ -256,6 +256,7 @@ async def test_an_answer_that_nobody_reads_is_given_up_by_the_engine(runner: Eng
             while True:
                 await anext(events)
     assert runner.stats().kv_tokens_held == 0
+    assert runner.stats().counters.slow_readers == 1
 
 
 async def test_a_model_under_two_names_is_one_engine_and_another_opens_beside_it(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def test_metrics_are_prometheus_text_and_need_permission_once_there_are_keys(emp
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain")
     assert "# TYPE synapse_hotpath_answers_total counter" in response.text
+    assert "# TYPE synapse_engine_slow_readers_total counter" in response.text
     empty.command("key/create", name="chatter")
     assert httpx.get(f"{empty.url}/metrics").status_code == 401
 

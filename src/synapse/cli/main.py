@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ from synapse.cli.problems import (
 from synapse.cli.text import NotText
 from synapse.errors import SynapseError
 
+EXTRA = re.compile(r"unexpected extra arguments? *(?:\(s\))? *\((.*)\)")
 COLLECT_AFTER = 50_000
 """Objects that are made before Python looks for garbage among them; its own default is 700."""
 
@@ -122,6 +124,10 @@ def _usage_problem(error: TyperException) -> Problem:
         message = f"{command} has no option {option}"
         if near:
             hint = f"did you mean {' or '.join(sorted(near))}? {hint}"
+    elif (extra := EXTRA.search(message)) is not None:
+        message = f"{command} takes no further argument, found {extra[1]!r}"
+        say = f'say something with -m "{extra[1]}"; ' if command == f"{PROGRAM} chat" else ""
+        hint = f"{say}quote what has spaces; {hint}"
     else:
         message = message[:1].lower() + message[1:].replace("\n\t", " ")
     return Problem("usage", message, hint, EXIT_INVALID)

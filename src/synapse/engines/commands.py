@@ -27,6 +27,8 @@ class EngineState(BaseModel):
     kv_tokens_held: int = Field(description="those that sequences hold")
     kv_tokens_cached: int = Field(description="those kept for prompts that begin alike")
     prefix_hit_rate: float = Field(description="part of the prompts' tokens that were found in the cache, 0 to 1")
+    slow_readers: int = Field(description="answers that were given up because nobody read them")
+    grammar_failures: int = Field(description="answers that failed under their grammar")
     weight_bytes: int = Field(description="memory of the weights")
     layers: dict[str, int] = Field(description="LoRA layers in memory by sha256, and their bytes")
 
@@ -62,6 +64,8 @@ async def engine_state(client: EngineClient) -> EngineState:
         kv_tokens_held=stats.kv_tokens_held,
         kv_tokens_cached=stats.kv_tokens_cached,
         prefix_hit_rate=round(stats.counters.hit_rate, 4),
+        slow_readers=stats.counters.slow_readers,
+        grammar_failures=stats.counters.grammar_failures,
         weight_bytes=stats.weight_bytes,
         layers=stats.layers,
     )

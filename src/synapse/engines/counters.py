@@ -14,6 +14,7 @@ class Counters:
         evicted_blocks: blocks of the KV cache whose contents gave way to others.
         guessed_tokens: tokens that were computed before it was known whether they are chosen; `right_guesses` were.
         preemptions: how often a sequence gave its place back and waited again.
+        slow_readers: answers that were given up because nobody read them.
     """
 
     steps: int = 0
@@ -27,6 +28,7 @@ class Counters:
     right_guesses: int = 0
     evicted_blocks: int = 0
     preemptions: int = 0
+    slow_readers: int = 0
 
     @property
     def hit_rate(self) -> float:

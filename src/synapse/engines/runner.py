@@ -192,7 +192,7 @@ class EngineRunner:
         """Give each reader its event, in the readers' loop."""
         for stream, event in found:
             if not stream.unread.put(event) and not stream.closed:
-                self._post(partial(self._stop, stream))
+                self._post(partial(self._give_up, stream))
 
     # What follows runs in the engine's thread.
 
@@ -256,6 +256,13 @@ class EngineRunner:
             _deliver(stream, error)
         else:
             self._streams[stream.id] = stream
+
+    def _give_up(self, stream: _Stream) -> None:
+        """Stop an answer that nobody reads; its reader is told by `Unread`, if it ever reads on."""
+        if not stream.closed:
+            self.engine.counters.slow_readers += 1
+            log.warning("engine.slow_reader", request=stream.id, hint="its client reads too slowly, or hangs")
+        self._stop(stream)
 
     def _stop(self, stream: _Stream) -> None:
         stream.closed = True

@@ -8,6 +8,7 @@ renamed into place when it is complete, the record last; so what has a record is
 from __future__ import annotations
 
 import asyncio
+import difflib
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -200,6 +201,9 @@ class ModelLibrary:
     def _how_to_get(self, name: str) -> str:
         if name in self._manifests:
             return f"pull it: synapse model pull {name}"
+        near = difflib.get_close_matches(name.lower(), self._manifests, n=1)
+        if near:
+            return f"did you mean {near[0]}? `synapse model list` shows what there is"
         names = ", ".join(sorted(self._manifests))
         return (
             "pull it with `synapse model pull`: the path of a GGUF file or of an encoder's folder,"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from support.live_server import running, wait_until
 
@@ -110,8 +111,12 @@ def test_who_waits_without_a_request_gives_way_and_who_has_one_does_not(
         assert httpx.get(f"{live.url}/health").status_code == 200
 
 
-def test_a_client_that_does_not_read_is_let_go(tmp_path: Path) -> None:
-    with running(tmp_path / "home", limits={"unread_seconds": 0.5}) as live, ExitStack() as stack:
+def test_a_client_that_does_not_read_is_let_go_and_the_log_says_so(tmp_path: Path) -> None:
+    with (
+        capture_logs() as logs,
+        running(tmp_path / "home", limits={"unread_seconds": 0.5}) as live,
+        ExitStack() as stack,
+    ):
         deaf = socket.socket()
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stack.enter_context(deaf)
@@ -124,3 +129,5 @@ def test_a_client_that_does_not_read_is_let_go(tmp_path: Path) -> None:
             except OSError:
                 break
         wait_until(lambda: not live.server.server_state.connections)
+    told = [entry for entry in logs if "did not read its answer" in entry["event"]]
+    assert [(entry["log_level"], entry["seconds"]) for entry in told] == [("warning", 0.5)]

@@ -62,9 +62,11 @@ class HotPathCollector(Collector):
         yield from (share, alert)
 
 
-def prometheus_text() -> bytes:
-    """What a server answers to `GET /metrics`, with `CONTENT_TYPE`."""
+def prometheus_text(*others: Collector) -> bytes:
+    """What a server answers to `GET /metrics`, with `CONTENT_TYPE`: the hot paths, and what others have counted."""
     registry = CollectorRegistry(auto_describe=False)
+    for other in others:
+        registry.register(other)
     running = watch()
     registry.register(HotPathCollector(PATHS, running.supervisor.standings if running is not None else {}))
     return generate_latest(registry)

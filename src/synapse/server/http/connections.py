@@ -12,10 +12,13 @@ import asyncio
 import json
 import resource
 
+import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from synapse.errors import Overloaded, SynapseError
 from synapse.server.http.errors import RETRY_AFTER, SlowBody, kind_of, openai_body
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("synapse.server")
 
 HEADER_SECONDS = 10.0
 """In which the first line and the headers of a request must have arrived."""
@@ -70,11 +73,15 @@ def guarded_protocol(
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._unread = self.loop.call_later(unread_seconds, self.transport.abort)
+            self._unread = self.loop.call_later(unread_seconds, self._give_up)
 
         def resume_writing(self) -> None:
             super().resume_writing()
             self._is_read()
+
+        def _give_up(self) -> None:
+            log.warning("a client did not read its answer and was let go", seconds=unread_seconds)
+            self.transport.abort()
 
         def _is_read(self) -> None:
             if self._unread is not None:
