@@ -29,7 +29,7 @@ from benchmarks.engine_limits import is_native
 from benchmarks.layers import random_adapter
 from benchmarks.report import Report, parser, publish
 from synapse.engines import Backend, Delta, Engine, Limits, Request, Sampling
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.models.gguf_file import open_model_file
 
 GREEDY = Sampling(temperature=0)

@@ -34,8 +34,8 @@ from benchmarks.shapes import SHAPES, write_shape
 from synapse.commands import Context
 from synapse.config import load_settings
 from synapse.engines import Engine, Limits
-from synapse.engines.engine import open_engine_file
 from synapse.engines.native.packed.file import Quantisation
+from synapse.engines.opening import open_engine_file
 from synapse.errors import SynapseError, Unavailable
 from synapse.models.gguf_file import open_model_file
 from synapse.models.library import open_library

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from benchmarks.report import peak_memory
 from synapse.engines import Backend, Limits, Request, Sampling
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 16

@@ -38,8 +38,8 @@ from benchmarks.serving_servers import ServerProcess, llama_server, quantised, s
 from synapse.commands import Context
 from synapse.config import Settings, load_settings
 from synapse.engines import Engine, Finished, Request, Sampling
-from synapse.engines.engine import open_engine_file
 from synapse.engines.host import limits_from
+from synapse.engines.opening import open_engine_file
 from synapse.errors import SynapseError
 from synapse.genome.registry import open_layers
 from synapse.models.chat_template import Message, encode_chat

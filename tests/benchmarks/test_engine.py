@@ -25,7 +25,7 @@ from benchmarks.lora_gguf import interleaved, write_lora_gguf
 from benchmarks.neighbours import Neighbours
 from support.tiny_models import build_tiny_model
 from synapse.engines import Engine, Limits
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.errors import InvalidInput, Unavailable
 from synapse.models.adapters.adapter import read_adapter
 from synapse.models.gguf_file import open_model_file

@@ -18,7 +18,7 @@ from benchmarks.engine_quality import Comparison
 from benchmarks.layers import random_adapter
 from support.tiny_models import build_tiny_model
 from synapse.engines import Engine, Limits
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.errors import Unavailable
 
 PYTHON = os.environ.get("SYNAPSE_PEER_PYTHON", "")

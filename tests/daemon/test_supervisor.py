@@ -18,8 +18,8 @@ from synapse.daemon import process
 from synapse.daemon.supervisor import EndsWorkers, Supervisor
 from synapse.daemon.worker import Start
 from synapse.engines import Delta, Finished, Request, Sampling
-from synapse.engines.engine import open_engine_file
-from synapse.engines.host import limits_from
+from synapse.engines.limits import limits_from
+from synapse.engines.opening import open_engine_file
 from synapse.engines.runner import EngineRunner
 from synapse.errors import NotFound, SynapseError, Unavailable
 from synapse.models.errors import ModelFileCorrupt

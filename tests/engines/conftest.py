@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from synapse.engines import Engine, Limits
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.models.chat_template import Message, encode_chat
 
 

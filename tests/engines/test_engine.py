@@ -22,7 +22,7 @@ from synapse.engines import (
     Request,
     Sampling,
 )
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.errors import InvalidInput, Unavailable
 
 Chat = Callable[[str], tuple[int, ...]]

@@ -8,7 +8,7 @@ from benchmarks.layers import random_adapter
 from support.heard import listening
 from support.tiny_models import build_tiny_model
 from synapse.engines import EngineRunner, Limits
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 
 
 async def test_layers_are_told_when_they_come_into_memory_and_when_they_give_way(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from benchmarks.layers import random_adapter
 from support.engine_runs import Answer, run
 from support.tiny_models import build_tiny_model
 from synapse.engines import DeadlineExceeded, Delta, Engine, EngineRunner, Limits, Request, Sampling
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.engines.reference.lora import Layer
 from synapse.models.adapters.adapter import Adapter
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from support.engine_runs import run
 from synapse.engines import Engine, Limits, Request, Sampling
-from synapse.engines.engine import open_engine_file
 from synapse.engines.lookup import FIRST_GUESSES, GRAM, LONGEST_PAUSE, PromptLookup
+from synapse.engines.opening import open_engine_file
 
 
 def test_what_followed_the_same_tokens_before_is_guessed() -> None:

@@ -31,7 +31,7 @@ from synapse.engines import (
     open_engine,
     open_engines,
 )
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.engines.sampling import Sampler
 from synapse.engines.unread import SlowReader
 from synapse.errors import Conflict, Corrupt, InternalError, NotFound, Overloaded, Unavailable

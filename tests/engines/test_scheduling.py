@@ -16,7 +16,7 @@ from support.tiny_models import build_tiny_model
 from synapse.callosum.message import Tract
 from synapse.engines import DeadlineExceeded, Engine, Limits, Request, Sampling
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.engines.scheduler import Scheduler
 from synapse.engines.sequence import AGEING_SECONDS, Sequence
 from synapse.errors import InvalidInput

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synapse.engines.engine import ContextOverflow
+from synapse.engines.checking import ContextOverflow
 from synapse.engines.front_end import ANSWER_TOKENS, STEPS, fit
 from synapse.models.chat_template import Message
 from synapse.personas.history import alternating, with_system_prompt

@@ -25,8 +25,8 @@ from synapse.callosum.publish.publishing import connect as connect_outlet
 from synapse.commands import Context
 from synapse.config import Settings
 from synapse.daemon.calls import Answerer
-from synapse.engines.engine import Backend, open_engine_file
-from synapse.engines.host import limits_from
+from synapse.engines.limits import Backend, limits_from
+from synapse.engines.opening import open_engine_file
 from synapse.engines.request import Event, Request
 from synapse.engines.runner import EngineRunner, EngineStats
 from synapse.errors import SynapseError, Unavailable

@@ -15,7 +15,7 @@ from synapse.config import load_settings
 from synapse.encoders.linear import Precision, linear_maker
 from synapse.encoders.transformer import EncoderKernel, ReferenceEncoder, TextBatch
 from synapse.encoders.weights import load_encoder_weights
-from synapse.engines.engine import Backend
+from synapse.engines.limits import Backend
 from synapse.engines.native.kernel import find
 from synapse.errors import InvalidInput, Unavailable
 from synapse.kernels.native import python_forced

@@ -17,7 +17,7 @@ from synapse.commands.openings import Openings
 from synapse.config import Settings
 from synapse.encoders.encoder import Encoder, batches, open_encoder_folder
 from synapse.encoders.linear import Precision
-from synapse.engines.engine import Backend
+from synapse.engines.limits import Backend
 from synapse.models.library import ModelLibrary, open_library
 
 

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from synapse.engines.engine import Backend
+from synapse.engines.limits import Backend
 from synapse.engines.native.linear import Int8Map
 from synapse.errors import InvalidInput, Unavailable
 

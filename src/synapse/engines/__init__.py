@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from synapse.engines.answering import Answering
 from synapse.engines.cache.layers import LayerNotLoaded
+from synapse.engines.checking import ContextOverflow
 from synapse.engines.client import EngineClient
-from synapse.engines.engine import Backend, ContextOverflow, Counters, Engine, Limits
+from synapse.engines.counters import Counters
+from synapse.engines.engine import Engine
 from synapse.engines.front_end import FrontEnd, open_front_end
 from synapse.engines.grammar import BadGrammar
-from synapse.engines.host import EngineHost, limits_from, open_engine, open_engines
+from synapse.engines.host import EngineHost, open_engine, open_engines
+from synapse.engines.limits import Backend, Limits, limits_from
 from synapse.engines.request import (
     DeadlineExceeded,
     Delta,

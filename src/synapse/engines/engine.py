@@ -6,31 +6,25 @@ import itertools
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from synapse.config import load_settings
 from synapse.engines.answering import ASKED_FOR, Answering
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
 from synapse.engines.cache.layers import LayerCache, LoadedLayer
 from synapse.engines.cache.memory import default_cache_tokens
+from synapse.engines.checking import ContextOverflow, check_budget, check_request, check_stack
 from synapse.engines.choice import UNDECIDED
-from synapse.engines.grammar import BadGrammar, Constraint, GrammarFailed, Grammars
-from synapse.engines.native.layers import Precision
-from synapse.engines.native.model import cores
-from synapse.engines.native.packed.file import Quantisation
-from synapse.engines.native.transformer import open_native, prepare_native
+from synapse.engines.counters import Counters
+from synapse.engines.grammar import Constraint, GrammarFailed, Grammars
+from synapse.engines.limits import Limits
 from synapse.engines.reference.lora import Stack
-from synapse.engines.reference.transformer import Chunk, ReferenceTransformer, StepLogits, Transformer
-from synapse.engines.reference.weights import load_weights
+from synapse.engines.reference.transformer import Chunk, StepLogits, Transformer
 from synapse.engines.request import (
-    HIGHEST_PRIORITY,
     DeadlineExceeded,
     Delta,
     Event,
@@ -40,103 +34,28 @@ from synapse.engines.request import (
     Request,
     TokenLogprob,
 )
-from synapse.engines.sampling import MAX_LOGPROBS, check_sampling, choose, token_logprob
+from synapse.engines.sampling import choose, token_logprob
 from synapse.engines.scheduler import Scheduler, Work
 from synapse.engines.sequence import Reason, Sequence
-from synapse.errors import Conflict, Corrupt, InternalError, InvalidInput, SynapseError, Unavailable
+from synapse.errors import Conflict, Corrupt, InternalError, InvalidInput, SynapseError
 from synapse.log import Logger
-from synapse.models.chat_template import ChatTemplate, load_chat_template
+from synapse.models.chat_template import ChatTemplate
 from synapse.models.config import ModelConfig
-from synapse.models.gguf_file import ModelFile, open_model_file
-from synapse.models.in_use import hold
-from synapse.models.tokenizer import Tokenizer, load_tokenizer
+from synapse.models.tokenizer import Tokenizer
 
 log = Logger(__name__)
 
-Backend = Literal["reference", "native", "auto"]
 GUESSED_ROWS = 8
 """Rows of a step that has guesses: as many as one tile of the matrix products computes together."""
 GUESSED_SEQUENCES = 2
 """With more sequences than these a step has no arithmetic to spare for guesses."""
 LOGITS_CHUNK = 256
 """Tokens computed at once by `Engine.logits`."""
-GRAMMAR_TOKENS = 1024
-"""Longest answer under a grammar when the request says nothing: a string that a model goes on with has no other end."""
 WAITED_FOR: dict[Reason, str] = {
     "place": "a place in the batch",
     "layers": "its layers to be read",
     "prefix": "another request that computes the same prompt",
 }
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1024
-
-
-class ContextOverflow(InvalidInput):
-    """More tokens than the context holds."""
-
-    code = "context_length_exceeded"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much an engine may hold.
-
-    Attributes:
-        max_context: longest sequence, in tokens; the model's own context when that is shorter.
-        max_batch: sequences that share one step.
-        kv_cache_tokens: tokens the KV cache holds; 0 means as many as `kv_cache_bytes` and an eighth of the machine's
-            memory have room for, but at least one sequence of the longest length. Memory is taken as they fill.
-        kv_cache_bytes: see `kv_cache_tokens`.
-        step_tokens: tokens computed in one step, over all sequences.
-        max_layers, max_layer_bytes: layers kept in memory; the least recently used that no sequence needs goes first.
-        threads: threads that compute; 0 means one per core for the kernel, and one per core but one for the reference:
-            BLAS threads wait for one another by spinning, so a single other busy process on the last core would slow
-            them many times over.
-        quantisation: how exactly the native engine keeps weights: `auto` as the file has them, else `int8` or `4bit`.
-        layer_precision: how exactly it keeps LoRA layers: `int8`, or `float16` in twice the memory.
-        prompt_lookup: whether one or two sequences that share a step guess what comes next (see `PromptLookup`).
-    """
-
-    max_context: int = 8192
-    max_batch: int = 16
-    kv_cache_tokens: int = 0
-    kv_cache_bytes: int = 2**30
-    step_tokens: int = 256
-    max_layers: int = 20
-    max_layer_bytes: int = 500 * 2**20
-    threads: int = 0
-    quantisation: Quantisation = "auto"
-    layer_precision: Precision = "int8"
-    prompt_lookup: bool = True
-
-
-@dataclass(slots=True)
-class Counters:
-    """What an engine has done since it was opened.
-
-    Attributes:
-        prompt_tokens: of the prompts that have started; `cached_tokens` of them were found in the KV cache.
-        evicted_blocks: blocks of the KV cache whose contents gave way to others.
-        guessed_tokens: tokens that were computed before it was known whether they are chosen; `right_guesses` were.
-        preemptions: how often a sequence gave its place back and waited again.
-    """
-
-    steps: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    requests: int = 0
-    grammar_failures: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    guessed_tokens: int = 0
-    right_guesses: int = 0
-    evicted_blocks: int = 0
-    preemptions: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """The part of the prompts' tokens that did not have to be computed."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class Engine:
@@ -215,13 +134,13 @@ class Engine:
         """
         if request_id in self._sequences:
             raise Conflict(f"there is a request {request_id} already")
-        limit = self._check(request)
+        limit = check_request(request, self.config.vocab, self.context)
         check_stack(request.layers)
         for layer_id, _ in request.layers:
             self.layers.get(layer_id)
         constraint = self.compile_grammar(request.grammar) if request.grammar else None
         if constraint is not None:
-            limit = self._check_budget(request, limit, constraint.shortest)
+            limit = check_budget(request, limit, constraint.shortest)
         seq = Sequence(
             request_id or f"r{next(self._ids)}",
             request,
@@ -448,63 +367,6 @@ class Engine:
         del self._sequences[seq.id]
         return Finished(seq.id, reason, len(seq.request.prompt), seq.generated, seq.cached, error)
 
-    def _check(self, request: Request) -> int:
-        """Refuse what makes no sense; otherwise the most tokens the sequence may reach."""
-        prompt = len(request.prompt)
-        if not prompt:
-            raise InvalidInput("the prompt is empty; at least one token is needed", param="prompt")
-        if not all(0 <= token < self.config.vocab for token in request.prompt):
-            raise InvalidInput(f"the prompt has a token outside 0 to {self.config.vocab - 1}", param="prompt")
-        if prompt >= self.context:
-            raise ContextOverflow(
-                f"the prompt has {prompt} tokens; the context holds {self.context}, and the answer needs some of them",
-                hint="shorten the prompt, or raise SYNAPSE_MAX_CONTEXT if the model allows",
-                param="messages",
-            )
-        limit = self.context
-        if request.max_tokens is not None:
-            if request.max_tokens < 1:
-                raise InvalidInput(f"max_tokens must be at least 1, not {request.max_tokens}", param="max_tokens")
-            limit = prompt + request.max_tokens
-            if limit > self.context:
-                raise ContextOverflow(
-                    f"the prompt's {prompt} tokens and max_tokens {request.max_tokens} make {limit}; "
-                    f"the context holds {self.context}",
-                    hint=f"ask for at most {self.context - prompt} tokens, or shorten the prompt",
-                    param="max_tokens",
-                )
-        if not 0 <= request.priority <= HIGHEST_PRIORITY:
-            raise InvalidInput(f"the priority must lie between 0 and {HIGHEST_PRIORITY}, not {request.priority}")
-        if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
-            raise InvalidInput(f"logprobs must lie between 0 and {MAX_LOGPROBS}", param="top_logprobs")
-        if len(request.stop) > MAX_STOP_STRINGS or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in request.stop):
-            raise InvalidInput(
-                f"stop takes up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters", param="stop"
-            )
-        if not all(0 <= token < self.config.vocab for token in request.answered):
-            raise InvalidInput(f"the answer has a token outside 0 to {self.config.vocab - 1}", param="answered")
-        if prompt + len(request.answered) > limit:
-            raise InvalidInput(
-                f"the answer has {len(request.answered)} tokens already; {limit - prompt} are allowed", param="answered"
-            )
-        check_sampling(request.sampling, self.config.vocab)
-        return limit
-
-    def _check_budget(self, request: Request, limit: int, shortest: int) -> int:
-        """Refuse a grammar whose shortest answer does not fit; otherwise the most tokens the sequence may reach."""
-        prompt = len(request.prompt)
-        if shortest > limit - prompt:
-            what = "max_tokens allows" if request.max_tokens is not None else "the context has room for"
-            raise BadGrammar(
-                f"the shortest answer that fits the {(request.grammar or Grammar('regex')).kind.replace('_', ' ')}"
-                f" has {shortest} tokens; {what} {limit - prompt}",
-                hint=f"ask for at least {shortest} tokens, or simplify the schema",
-                param="max_tokens",
-            )
-        if request.max_tokens is None:
-            limit = min(limit, prompt + max(GRAMMAR_TOKENS, 2 * shortest))
-        return limit
-
     @cached_property
     def _grammars(self) -> Grammars:
         return Grammars(self.tokenizer, self.context)
@@ -635,15 +497,6 @@ class Engine:
         return logits
 
 
-def check_stack(layers: SequenceOf[tuple[str, float]]) -> None:
-    """Refuse a stack of layers that makes no sense."""
-    if len({layer_id for layer_id, _ in layers}) < len(layers):
-        raise InvalidInput("a layer stands in the stack twice", hint="add the two weights up")
-    for layer_id, weight in layers:
-        if not np.isfinite(weight):
-            raise InvalidInput(f"the weight of layer {layer_id} is {weight}, not a finite number")
-
-
 def overdue(seq: Sequence, now: float) -> DeadlineExceeded:
     """What the caller of a sequence is told that has waited for too long."""
     seq.waits_for("place", now)
@@ -669,57 +522,3 @@ def _not_finite(stack: Stack) -> SynapseError:
         hint="give the layers less weight, or leave them out one by one to find which; `synapse layer list` names them",
         layers=[layer.id for layer, _ in stack],
     )
-
-
-def open_engine_file(
-    path: Path, backend: Backend = "auto", limits: Limits | None = None, name: str | None = None
-) -> Engine:
-    """Open a GGUF file.
-
-    Args:
-        name: what the model is called here; a layer may name it so, or as the file does.
-        backend: `reference` is the NumPy engine in float32, `native` the kernel on packed weights; `auto` is `native`
-            where that works, and the log says why where it does not.
-
-    Raises:
-        ModelFileCorrupt, UnsupportedModel: the file cannot be used.
-        Unavailable: `native` was asked for and does not work here; the message says why.
-        DiskFull: there is no room for the packed weights.
-    """
-    if backend not in ("reference", "native", "auto"):
-        raise InvalidInput(f"the backend is reference, native or auto, not {backend!r}")
-    limits = limits or Limits()
-    threadpool_limits(limits.threads or max(1, cores() - 1), user_api="blas")
-    if backend != "reference":
-        prepare_native()
-    file = open_model_file(path)
-    tokenizer, template = load_tokenizer(file), load_chat_template(file)
-    transformer, answering = _open_transformer(file, backend, limits)
-    return Engine(transformer, tokenizer, template, limits, name, release=hold(path.parent), answering=answering)
-
-
-def _open_transformer(
-    file: ModelFile, backend: Backend, limits: Limits
-) -> tuple[Transformer[Any], Callable[[], Answering]]:
-    """The transformer, and what says who computes with it."""
-    why = ASKED_FOR
-    context = min(file.config.context, limits.max_context)
-    if backend != "reference":
-        try:
-            native = open_native(
-                file,
-                load_settings().folder("packed"),
-                context,
-                threads=limits.threads,
-                quantisation=limits.quantisation,
-                precision=limits.layer_precision,
-                patient=backend == "auto",
-            )
-        except Unavailable as error:
-            if backend == "native":
-                raise
-            log.info("engine.reference", model=file.path.name, reason=error.message, hint=error.hint)
-            why = Answering("reference", error.message, error.hint or "")
-        else:
-            return native, native.answering
-    return ReferenceTransformer(load_weights(file), context), lambda: why

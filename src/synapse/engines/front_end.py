@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from synapse.engines.engine import ContextOverflow, Engine, Limits
+from synapse.engines.checking import ContextOverflow
+from synapse.engines.engine import Engine
+from synapse.engines.limits import Limits
 from synapse.models.chat_template import ChatTemplate, Message, encode_chat, load_chat_template
 from synapse.models.config import ModelConfig
 from synapse.models.gguf_file import open_model_file

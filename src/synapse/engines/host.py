@@ -15,30 +15,15 @@ from synapse.commands import Context
 from synapse.commands.openings import Openings
 from synapse.config import Settings, load_settings
 from synapse.engines.client import EngineClient
-from synapse.engines.engine import Backend, Engine, Limits, open_engine_file
+from synapse.engines.engine import Engine
 from synapse.engines.events import EngineOpened
 from synapse.engines.front_end import front_end_of
-from synapse.engines.native.layers import Precision
-from synapse.engines.native.packed.file import Quantisation
+from synapse.engines.limits import Backend, Limits, limits_from
 from synapse.engines.native.packed.source_hash import source_sha256
+from synapse.engines.opening import open_engine_file
 from synapse.engines.runner import EngineRunner
 from synapse.models.adapters.files import LAYERS_FOLDER
 from synapse.models.library import ModelLibrary, open_library
-
-
-def limits_from(settings: Settings) -> Limits:
-    """The engine's limits as the user set them."""
-    return Limits(
-        max_context=settings.max_context,
-        max_batch=settings.max_batch,
-        kv_cache_tokens=settings.kv_cache_tokens,
-        kv_cache_bytes=settings.kv_cache_bytes,
-        threads=settings.threads,
-        max_layers=settings.max_layers,
-        max_layer_bytes=settings.max_layer_bytes,
-        quantisation=cast(Quantisation, settings.quantisation),
-        layer_precision=cast(Precision, settings.layer_precision),
-    )
 
 
 def open_engine(model: str, backend: Backend = "auto", *, limits: Limits | None = None) -> Engine:

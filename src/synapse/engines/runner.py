@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from synapse.callosum.publish.publishing import publish
 from synapse.engines.answering import Answering
-from synapse.engines.engine import Counters, Engine
+from synapse.engines.counters import Counters
+from synapse.engines.engine import Engine
 from synapse.engines.events import EngineFailed
 from synapse.engines.request import Event, Finished, Request
 from synapse.engines.unread import Unread

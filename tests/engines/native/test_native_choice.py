@@ -103,3 +103,52 @@ def test_all_but_one_forbidden_leaves_that_one() -> None:
             row = normal(40, 0)
             assert choose_native(engine_library(), row, choice) in (34, UNDECIDED)
             assert choose(row, choice) == 34
+
+
+def exact_shares(row: Row, temperature: float) -> NDArray[np.float64]:
+    weights = np.exp((row.astype(np.float64) - float(row.max())) / temperature)
+    return weights / weights.sum()
+
+
+DISTANCES = [sign * 10.0**-power for power in range(5, 14) for sign in (-1, 1)]
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 7.0, 100.0])
+def test_a_draw_close_to_a_border_is_on_the_side_where_the_reference_has_it(temperature: float) -> None:
+    """Weights of float32 are not good enough for these; beyond some distance the kernel must not give up, either."""
+    undecided = draws = 0
+    for seed in range(12):
+        row = normal(700 + 301 * seed, seed) + np.float32(4 * seed)
+        shares = exact_shares(row, temperature)
+        tokens = np.flatnonzero(shares > 1e-8)[:-1]
+        borders = np.cumsum(shares)[tokens]
+        for border in np.random.default_rng(seed).choice(borders, 6) if len(borders) else []:
+            for distance in DISTANCES:
+                choice = Choice(temperature, uniform=float(np.clip(border + distance, 0, 1 - 2**-53)))
+                found = choose_native(engine_library(), row, choice)
+                assert found in (UNDECIDED, choose(row, choice)), (seed, border, distance)
+                undecided += found == UNDECIDED and abs(distance) >= 1e-10
+                draws += 1
+    assert undecided <= 0.05 * draws
+    assert draws > 100
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 7.0])
+def test_top_p_close_to_the_weight_of_a_few_tokens_keeps_what_the_reference_keeps(temperature: float) -> None:
+    """The draw is the largest, which the last that is kept gets: in this row ids follow the logits."""
+    undecided = kinds = 0
+    for seed in range(12):
+        row = np.sort(normal(700 + 301 * seed, seed) + np.float32(4 * seed))[::-1].copy()
+        sums = np.cumsum(exact_shares(row, temperature))
+        rng = np.random.default_rng(seed)
+        found = set()
+        for border in sums[np.searchsorted(sums, rng.uniform(0.3, 0.99, 6)).clip(max=len(sums) - 2)]:
+            for distance in DISTANCES:
+                choice = Choice(temperature, top_p=float(np.clip(border + distance, 0.01, 1 - 1e-9)), uniform=1 - 1e-9)
+                token = choose_native(engine_library(), row, choice)
+                assert token in (UNDECIDED, choose(row, choice)), (seed, border, distance)
+                undecided += token == UNDECIDED and abs(distance) >= 1e-10
+                found.add(token)
+        kinds += len(found)
+    assert undecided <= 12
+    assert kinds > 20

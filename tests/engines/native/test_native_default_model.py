@@ -22,10 +22,10 @@ from support.native_engine import (
     write_adapter,
 )
 from synapse.engines import Engine, Limits, Request, Sampling
-from synapse.engines.engine import open_engine_file
 from synapse.engines.native.kernel import TOLERANCE
 from synapse.engines.native.packed.file import Quantisation
 from synapse.engines.native.transformer import NativeTransformer
+from synapse.engines.opening import open_engine_file
 from synapse.engines.reference.transformer import Chunk
 from synapse.models.chat_template import Message, encode_chat
 

@@ -19,8 +19,8 @@ from support.engine_runs import Answer, run
 from support.native_engine import distances, living_in, tiny_adapter, write_adapter
 from support.tiny_models import VOCAB, build_tiny_model
 from synapse.engines import Delta, Engine, EngineRunner, Finished, Grammar, Limits, Request, Sampling
-from synapse.engines.engine import open_engine_file
 from synapse.engines.native.transformer import NativeTransformer
+from synapse.engines.opening import open_engine_file
 from synapse.engines.reference.transformer import ReferenceTransformer
 from synapse.engines.request import Event
 from synapse.errors import Corrupt, InvalidInput, Unavailable

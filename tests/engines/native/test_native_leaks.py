@@ -12,7 +12,7 @@ import pytest
 from support.native_engine import resident_bytes, tiny_adapter, write_adapter
 from support.tiny_models import build_tiny_model
 from synapse.engines import Engine, Finished, Limits, Request, Sampling
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

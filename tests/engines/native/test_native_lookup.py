@@ -12,7 +12,7 @@ from engines.test_lookup import QUOTED, SETTINGS
 from support.engine_runs import run
 from support.native_engine import living_in, tiny_adapter, write_adapter
 from synapse.engines import Engine, Limits, Request
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.engines.reference.transformer import Chunk
 
 Pair = tuple[Engine, Engine]

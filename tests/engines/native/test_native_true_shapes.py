@@ -12,9 +12,9 @@ from support.native_engine import distances, tiny_adapter, write_adapter
 from support.true_shapes import LLAMA_3_2_1B, QWEN_2_5_HALF_B, Shape, write_true_shape
 from synapse.engines import Limits, Request, Sampling
 from synapse.engines.cache.blocks import BLOCK_TOKENS
-from synapse.engines.engine import open_engine_file
 from synapse.engines.native.packed.file import open_packed
 from synapse.engines.native.packed.source_hash import source_sha256
+from synapse.engines.opening import open_engine_file
 from synapse.engines.reference.lora import Stack, lora_layer
 from synapse.engines.reference.transformer import Chunk, ReferenceTransformer
 from synapse.engines.reference.weights import packed_weights

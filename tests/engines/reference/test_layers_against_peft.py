@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from support.tiny_models import TinyModel, build_tiny_model, reference_logits
 from synapse.engines import Engine, Limits
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 from synapse.models.config import PROJECTIONS
 
 pytestmark = pytest.mark.peer

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from support.engine_runs import run
 from support.tiny_models import build_tiny_model, reference_logits
 from synapse.engines import Engine, Limits, Request, Sampling
-from synapse.engines.engine import open_engine_file
+from synapse.engines.opening import open_engine_file
 
 pytestmark = pytest.mark.peer
 

@@ -2,6 +2,9 @@
 
 Weights exp((logit - highest) / temperature) are float64, and differ from NumPy's by less than MARGIN. A choice that could
 come out otherwise within that margin is not made: UNDECIDED hands the row to the reference, so that both always agree.
+
+Sums over the whole vocabulary are made of float32 weights first, which are off by less than ROUGH (`Rough` has the proof).
+Where the choice is clear within that, it is made; otherwise the sums are made again in float64, some fifteen times as slow.
 """
 
 from std.bit import count_trailing_zeros
@@ -27,6 +30,22 @@ comptime LOG2_E = 1.4426950408889634
 comptime LN_2 = 0.6931471805599453
 comptime LN_2_REST = 2.3190468138462996e-17
 comptime ROUNDER = 6755399441055744.0  # 1.5 · 2^52: adding it leaves the nearest whole number in the low bits
+comptime ROUGH = 1.0 / 2097152  # 2^-21: of a sum of rough weights
+comptime ROUGH_MARGIN = 2.1 * ROUGH  # of the distance between a draw and a border, as a share of the sum
+comptime ROUGH_REACH = 4096.0  # logits over temperature, as powers of two, up to which rough weights are that good
+comptime ROUGH_FAINTEST = 80.0  # powers of two below the highest at which rough weights end
+comptime ROUGH_ROUNDER = Float32(12582912)  # 1.5 · 2^23
+comptime ROUGH_TERMS = 8
+comptime POWERS_OF_LN_2 = SIMD[DType.float32, 8](
+    1.0,
+    0.69314718055994531,
+    0.24022650695910071,
+    0.055504108664821580,
+    0.0096181291076284772,
+    0.0013333558146428443,
+    0.00015403530393381609,
+    0.000015252733804059841,
+)  # over factorials
 comptime TERMS = 13
 comptime INVERSE_FACTORIALS = SIMD[DType.float64, 16](
     1.0, 1.0, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 479001600, 0, 0, 0
@@ -103,6 +122,74 @@ def weigh(exponent: Weight) -> Weight:
     var power = bitcast[DType.int64, W](rounded) << 52
     var result = bitcast[DType.float64, W](bitcast[DType.int64, W](sum) + power)
     return exponent.lt(FAINTEST).select(Weight(0), result)
+
+
+@fieldwise_init
+struct Rough(Copyable, Movable, ImplicitlyCopyable):
+    """Weights in float32: 2^(c logit - shift), with c = log2(e) / temperature and a whole shift that cancels out.
+
+    With u = 2^-24 and |c logit| up to 4096 + 80, a weight is off by less than 3.1 u of itself:
+    - c is the sum of `factor` and `rest` but for u^2 of it: 4176 u^2 in the exponent, which is nothing here.
+    - The whole part n is c logit rounded, so that |factor logit - n| <= 1/2 and `fma` rounds it by at most u / 4; adding
+      rest logit, of at most 4176 u, rounds by at most u / 2. Together 0.75 u in the exponent, 0.53 u in the weight.
+    - The series ends with ln(2)^7 / 7!: 0.347^8 / 8! · 2^0.501 is 0.13 u, of a weight of at least 2^-0.501 0.18 u.
+    - Its rounded coefficients: u (2^0.501 - 1) / 2^-0.501 = 0.59 u. Each step of it rounds by u of what it has, which
+      later steps multiply with up to 1/2: u for the last and 0.7 u for all others.
+    Pairs of pairs of pairs of weights add 3 u, and float64 sums nothing: a sum is off by less than ROUGH = 8 u of itself.
+    Logits below `lowest` count as that: with 2^-79 of the highest each, which no vocabulary makes ROUGH of a sum.
+
+    A draw uniform · total and a border, a sum of the first weights, are then off by less than ROUGH · total each.
+    """
+
+    var factor: Float32
+    var rest: Float32
+    var lowest: Float32
+    var shift: Int32
+    var unit: Float64  # times this, a weight is a share of the highest
+
+    @staticmethod
+    def of(highest: Float32, temperature: Float64) -> Self:
+        var c = LOG2_E / temperature
+        var factor = Float32(c)
+        var rounded = fma(highest, factor, ROUGH_ROUNDER)
+        var unit = weigh(Weight((Float64(rounded - ROUGH_ROUNDER) - Float64(highest) * c) * LN_2))[0]
+        var lowest = Float32(Float64(highest) - ROUGH_FAINTEST / c)
+        return Self(factor, Float32(c - Float64(factor)), lowest, bitcast[DType.int32, 1](rounded), unit)
+
+    @staticmethod
+    def reaches(highest: Float32, temperature: Float64) -> Bool:
+        """Whether these logits are in the range of the proof."""
+        return abs(Float64(highest)) * LOG2_E / temperature <= ROUGH_REACH
+
+    @always_inline
+    def weigh(self, logits: Lane) -> Lane:
+        var x = max(logits, Lane(self.lowest))
+        var rounded = fma(x, Lane(self.factor), Lane(ROUGH_ROUNDER))
+        var rest = fma(x, Lane(self.factor), ROUGH_ROUNDER - rounded)
+        rest = fma(x, Lane(self.rest), rest)
+        var sum = Lane(POWERS_OF_LN_2[ROUGH_TERMS - 1])
+        comptime for i in range(1, ROUGH_TERMS):
+            sum = fma(sum, rest, Lane(POWERS_OF_LN_2[ROUGH_TERMS - 1 - i]))
+        var power = (bitcast[DType.int32, W](rounded) - self.shift) << 23
+        return bitcast[DType.float32, W](bitcast[DType.int32, W](sum) + power)
+
+    @always_inline
+    def sum(self, row: Floats, first: Int, end: Int) -> Float64:
+        """The weights of a range of tokens."""
+        var sums = Weight(0)
+        var at = first
+        while at + 8 * W <= end:
+            var weights = Array[Lane, 8](fill=Lane(0))
+            comptime for i in range(8):
+                weights[i] = self.weigh(row.unsafe_offset(at + W * i).unsafe_load[width=W]())
+            var left = (weights[0] + weights[1]) + (weights[2] + weights[3])
+            var right = (weights[4] + weights[5]) + (weights[6] + weights[7])
+            sums += (left + right).cast[DType.float64]()
+            at += 8 * W
+        while at < end:
+            sums += self.weigh(load(row, at, end)).cast[DType.float64]()
+            at += W
+        return sums.reduce_add()
 
 
 @always_inline
@@ -252,9 +339,42 @@ def choose_token(logits: Floats, vocab: Int, choice: Choice, room: Room) -> Int:
             if hits != 0:
                 return at + Int(count_trailing_zeros(hits))
     var top_k = choice.top_k if choice.top_k < vocab else 0
-    if top_k == 0 and choice.top_p >= 1 and choice.min_p <= 0:
-        return draw_of_all(row, vocab, highest, choice, room)
-    return draw_of_kept(row, vocab, highest, top_k, choice, room)
+    if top_k > 0 or choice.top_p < 1 or choice.min_p > 0:
+        return draw_of_kept(row, vocab, highest, top_k, choice, room)
+    if Rough.reaches(highest, choice.temperature):
+        var token = draw_roughly(row, vocab, highest, choice, room)
+        if token != UNDECIDED:
+            return token
+    return draw_of_all(row, vocab, highest, choice, room)
+
+
+def draw_roughly(row: Floats, vocab: Int, highest: Float32, choice: Choice, room: Room) -> Int:
+    """`draw_of_all` with rough weights."""
+    var rough = Rough.of(highest, choice.temperature)
+    var total = Float64(0)
+    for part in range((vocab + PART - 1) // PART):
+        room.parts.unsafe_offset(part)[] = rough.sum(row, part * PART, min((part + 1) * PART, vocab))
+        total += room.parts.unsafe_offset(part)[]
+    var target, margin = choice.uniform * total, ROUGH_MARGIN * total
+    var before = Float64(0)
+    var part = part_of(target, before, vocab, room)
+    for at in range(part * PART, min((part + 1) * PART, vocab), W):
+        var weights = rough.weigh(load(row, at, vocab)).cast[DType.float64]()
+        for i in range(min(W, vocab - at)):
+            if target < before + weights[i]:
+                return at + i if is_clear(target, before, before + weights[i], margin) else UNDECIDED
+            before += weights[i]
+    return UNDECIDED
+
+
+@always_inline
+def part_of(target: Float64, mut before: Float64, vocab: Int, room: Room) -> Int:
+    """The part in which a draw lies; `before` becomes the weight of those before it."""
+    var part = 0
+    while part < (vocab - 1) // PART and before + room.parts.unsafe_offset(part)[] <= target:
+        before += room.parts.unsafe_offset(part)[]
+        part += 1
+    return part
 
 
 @always_inline
@@ -274,10 +394,7 @@ def draw_of_all(row: Floats, vocab: Int, highest: Float32, choice: Choice, room:
         total += room.parts.unsafe_offset(part)[]
     var target, margin = choice.uniform * total, MARGIN * total
     var before = Float64(0)
-    var part = 0
-    while part < (vocab - 1) // PART and before + room.parts.unsafe_offset(part)[] <= target:
-        before += room.parts.unsafe_offset(part)[]
-        part += 1
+    var part = part_of(target, before, vocab, room)
     for at in range(part * PART, min((part + 1) * PART, vocab), W):
         var weights = weights_at(row, at, vocab, peak, inverse)
         for i in range(min(W, vocab - at)):
@@ -293,36 +410,47 @@ def is_clear(target: Float64, start: Float64, end: Float64, margin: Float64) -> 
     return target - start > margin and end - target > margin
 
 
+def sum_of_all(row: Floats, vocab: Int, highest: Float32, choice: Choice) -> Float64:
+    """The weights of the whole vocabulary."""
+    var sum = Weight(0)
+    for at in range(0, vocab, W):
+        sum += weights_at(row, at, vocab, Float64(highest), 1 / choice.temperature)
+    return sum.reduce_add()
+
+
 def draw_of_kept(row: Floats, vocab: Int, highest: Float32, top_k: Int, choice: Choice, room: Room) -> Int:
     """A token drawn by its weight, from those that top-k, top-p and min-p keep."""
     var peak, inverse = Float64(highest), 1 / choice.temperature
+    var all_count = choice.top_p < 1 and top_k == 0  # whether the sum over the vocabulary is needed
+    var rough = all_count and Rough.reaches(highest, choice.temperature)
+    var total = Float64(0)
+    if rough:
+        var scale = Rough.of(highest, choice.temperature)
+        total = scale.sum(row, 0, vocab) * scale.unit
+    elif all_count:
+        total = sum_of_all(row, vocab, highest, choice)
     # Tokens below `least` are not kept: those of less than a vocabulary's share of 1 - top_p together have less than that.
     var least = choice.min_p
     if choice.top_p < 1:
-        least = max(least, (1 - choice.top_p) / Float64(vocab))
-    var faintest = log(least * (1 - 1e-6)) - 1e-6 if least > 1e-300 else FAINTEST
+        least = max(least, (1 - choice.top_p) * max(total, 1) / Float64(vocab))
+    var faintest = log(least * (1 - 1e-5)) if least > 1e-300 else FAINTEST
+    var lowest_logit = Float32((peak + faintest * choice.temperature) - 1e-6 * (abs(peak) - faintest * choice.temperature))
     if top_k > 0:
-        var reached = rank_peak(row, vocab, top_k, room.peaks)
-        faintest = max(faintest, (Float64(reached) - peak) * inverse)
-    var all_count = choice.top_p < 1 and top_k == 0  # whether the sum over the vocabulary is needed
-    var sum = Weight(0)
+        lowest_logit = max(lowest_logit, rank_peak(row, vocab, top_k, room.peaks))
     var count = 0
     for at in range(0, vocab, W):
         var logits = load(row, at, vocab)
-        var exponents = (logits.cast[DType.float64]() - peak) * inverse
-        var hits = Int(pack_bits(exponents.ge(faintest)))
-        if hits == 0 and not all_count:
-            continue
-        var weights = weigh(exponents)
-        sum += weights
+        var hits = Int(pack_bits(logits.ge(lowest_logit)))
         while hits != 0:
             var i = Int(count_trailing_zeros(hits))
             hits &= hits - 1
             if at + i < vocab:
                 room.keys.unsafe_offset(count)[] = key_of(logits[i], at + i)
-                room.weights.unsafe_offset(count)[] = weights[i]
+                room.weights.unsafe_offset(count)[] = Float64(logits[i])
                 count += 1
-    var total = sum.reduce_add()
+    for at in range(0, count, W):  # past the last there is room for eight
+        var logits = room.weights.unsafe_offset(at)
+        logits.unsafe_store(weigh((logits.unsafe_load[width=W]() - peak) * inverse))
     var lowest = Int64.MIN  # key of the last that is kept
     if top_k > 0 or choice.top_p < 1:
         var ranked = count
@@ -331,12 +459,14 @@ def draw_of_kept(row: Floats, vocab: Int, highest: Float32, top_k: Int, choice: 
             room.ranked_weights.unsafe_offset(i)[] = room.weights.unsafe_offset(i)[]
         if top_k > 0:
             ranked = keep_first(room.ranked_keys, room.ranked_weights, ranked, top_k, Float64.MAX, 0)
-            total = 0
             for i in range(ranked):
                 total += room.ranked_weights.unsafe_offset(i)[]
         if choice.top_p < 1:
-            var mass = choice.top_p * total
-            ranked = keep_first(room.ranked_keys, room.ranked_weights, ranked, ranked, mass, MARGIN * total)
+            var among, share = ranked, ROUGH_MARGIN if rough else MARGIN
+            ranked = keep_first(room.ranked_keys, room.ranked_weights, among, among, choice.top_p * total, share * total)
+            if ranked == UNDECIDED and rough:
+                total = sum_of_all(row, vocab, highest, choice)
+                ranked = keep_first(room.ranked_keys, room.ranked_weights, among, among, choice.top_p * total, MARGIN * total)
             if ranked == UNDECIDED:
                 return UNDECIDED
         lowest = Int64.MAX
