@@ -46,7 +46,7 @@ async def supervised(start: Start) -> AsyncIterator[Callable[..., Supervisor]]:
     made: list[Supervisor] = []
 
     def make(workers: int = 1, most: int = 2**40) -> Supervisor:
-        made.append(Supervisor(start, workers=workers, max_active=64, memory_bytes=lambda _: most))
+        made.append(Supervisor(start, workers=workers, max_active=64, memory_bytes=most))
         return made[-1]
 
     yield make

@@ -110,6 +110,14 @@ class Caller:
         finally:
             self._asked.pop(number, None)
 
+    def tell(self, method: str, *arguments: object) -> None:
+        """Call something at the other end, and do not wait for what comes of it.
+
+        Raises:
+            Disconnected: the other end is gone.
+        """
+        self._asked.pop(self._send(method, arguments, _Asked()))
+
     async def stream(self, method: str, *arguments: object) -> AsyncGenerator[Event]:
         """Call something that answers with events, the last of which is `Finished`. Closing this stops it there.
 

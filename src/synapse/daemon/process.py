@@ -67,11 +67,11 @@ class WorkerProcess:
         ended: done when the process has ended, with how it did.
     """
 
-    def __init__(self, number: int, start: Start, memory_bytes: Callable[[EngineStats], int]) -> None:
+    def __init__(self, number: int, start: Start, memory_bytes: int) -> None:
         """Nothing is started yet.
 
         Args:
-            memory_bytes: how much memory of its own it may have, from what it says when it is ready.
+            memory_bytes: how much memory of its own it may have.
         """
         self.number = number
         self.caller = Caller(self._hear)
@@ -191,7 +191,7 @@ class WorkerProcess:
             self.kill(f"it said nothing for {SILENT_SECONDS:g} seconds")
         elif now - self._progressed > HUNG_SECONDS:
             self.kill(f"a step took more than {HUNG_SECONDS:g} seconds", own=True)
-        elif self.stats is not None and (used := self.memory()) > (most := self._memory_bytes(self.stats)):
+        elif (used := self.memory()) > (most := self._memory_bytes):
             self.kill(f"it took {used / 2**20:,.0f} MB of memory, and may take {most / 2**20:,.0f}", own=True)
 
     def _end(self, death: Death) -> None:

@@ -78,7 +78,7 @@ class Supervisor:
     """Workers with one model, kept alive. It is asked as an `EngineRunner` is."""
 
     def __init__(
-        self, start: Start, *, workers: int, max_active: int, memory_bytes: Callable[[EngineStats], int]
+        self, start: Start, *, workers: int, max_active: int, memory_bytes: int
     ) -> None:
         """Nothing is started yet.
 

@@ -1,0 +1,132 @@
+"""Models for whoever asks: in workers, in this process, or in a server of the same home that runs already."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from synapse.callosum.publish.publishing import publish
+from synapse.commands import Context
+from synapse.daemon.calls import Caller
+from synapse.daemon.door import find_server
+from synapse.daemon.protocol import Disconnected
+from synapse.daemon.supervisor import Supervisor
+from synapse.daemon.worker import Start
+from synapse.engines.background import in_background
+from synapse.engines.client import EngineClient
+from synapse.engines.events import EngineOpened
+from synapse.engines.front_end import open_front_end
+from synapse.engines.host import EngineHost, OpenEngine, open_engines
+from synapse.engines.limits import limits_from
+from synapse.engines.native.packed.file import prepare_packed
+from synapse.engines.opening import needed_bytes
+from synapse.engines.request import Event, Request
+from synapse.engines.residency import Lease, MakeRoom, open_residency
+from synapse.engines.runner import EngineStats
+from synapse.models.adapters.files import LAYERS_FOLDER
+from synapse.models.gguf_file import open_model_file
+from synapse.models.library import open_library
+
+SLACK_BYTES = 2**30
+"""What the process of a worker may take beside its model, caches and layers: interpreter, tokenizer, grammars."""
+
+
+class WorkerHost(EngineHost):
+    """As `EngineHost`, with each engine in processes of its own, which map the same weights."""
+
+    async def _open(self, path: Path, sha256: str, make_room: MakeRoom) -> OpenEngine:
+        settings, limits, name = self._settings, limits_from(self._settings), path.parent.name
+        started = time.perf_counter()
+        native = settings.backend != "reference"
+        file = await asyncio.to_thread(open_model_file, path)
+        needed = needed_bytes(file, limits, native=native)
+        await make_room(needed)
+        if native and self._residency.others(sha256):  # somebody may be answering meanwhile
+            await in_background(partial(prepare_packed, path, sha256, settings.folder("packed"), limits.quantisation))
+        most = settings.daemon.worker_bytes or needed + SLACK_BYTES
+        supervisor = Supervisor(
+            Start(path, name, settings),
+            workers=settings.daemon.workers,
+            max_active=settings.max_concurrent_requests,
+            memory_bytes=most,
+        )
+        try:
+            front, _ = await asyncio.gather(asyncio.to_thread(open_front_end, path, limits, name), supervisor.start())
+        except BaseException:
+            await supervisor.close()
+            raise
+        publish("engine.opened", EngineOpened(model=name, seconds=time.perf_counter() - started))
+        return OpenEngine(front, supervisor)
+
+
+class SharedHost:
+    """The models of the server of this home while one runs; otherwise, and from then on, those of this process."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._server: Caller | None = None
+        self._here: EngineHost | None = None
+
+    async def get(self, model: str) -> EngineClient:
+        """As `EngineHost.get`."""
+        server = await self._running()
+        if server is not None:
+            with suppress(Disconnected):  # it has just been stopped
+                opened = await server.ask("open", model)
+                runner = _RemoteRunner(server, opened.number)
+                layers = self._context.settings.home / LAYERS_FOLDER
+                return EngineClient(opened.front, runner, layers, Lease(runner, runner.release))
+        self._here = await self._context.get(open_engines)
+        return await self._here.get(model)
+
+    def clients(self) -> list[EngineClient]:
+        """Clients of the engines that are open in this process; see `EngineHost.clients`."""
+        return self._here.clients() if self._here is not None else []
+
+    async def _running(self) -> Caller | None:
+        if self._server is None or self._server.lost.done():
+            self._server = await find_server(self._context.settings)
+        return self._server
+
+
+class _RemoteRunner:
+    """A model that another process has open."""
+
+    def __init__(self, server: Caller, number: int) -> None:
+        self._server = server
+        self._number = number
+
+    def generate(self, request: Request, request_id: str | None = None) -> AsyncGenerator[Event]:
+        return self._server.stream("generate", self._number, request, request_id)
+
+    async def cancel(self, request_id: str) -> None:
+        await self._server.ask("cancel", self._number, request_id)
+
+    async def load_layer(self, path: Path) -> str:
+        await self._server.ask("load_layer", self._number, path.name)
+        return path.name
+
+    async def stats(self) -> EngineStats:
+        stats: EngineStats = await self._server.ask("stats", self._number)
+        return stats
+
+    def release(self) -> None:
+        """Let the model go."""
+        with suppress(RuntimeError, Disconnected):
+            self._server.tell("close", self._number)
+
+
+@asynccontextmanager
+async def open_models(context: Context) -> AsyncIterator[EngineHost | SharedHost]:
+    """Opener of the models that this process uses, for `Context.get`."""
+    pool = context.settings.daemon.pool
+    if pool == "here":
+        yield await context.get(open_engines)
+    elif pool == "auto":
+        yield SharedHost(context)
+    else:
+        yield WorkerHost(await context.get(open_library), context.settings, await context.get(open_residency))
