@@ -41,7 +41,7 @@ from synapse.engines import Engine, Finished, Request, Sampling
 from synapse.engines.host import limits_from
 from synapse.engines.opening import open_engine_file
 from synapse.errors import SynapseError
-from synapse.genome.registry import open_layers
+from synapse.genome.opening import open_layers
 from synapse.models.chat_template import Message, encode_chat
 from synapse.models.config import ModelConfig
 from synapse.models.gguf_file import open_model_file

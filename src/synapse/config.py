@@ -11,7 +11,6 @@ import difflib
 import errno
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -197,6 +196,8 @@ def _from_file(path: Path) -> dict[str, Any]:
     """The settings of `synapse.toml`; none when there is no such file."""
     try:
         with path.open("rb") as file:
+            import tomllib  # noqa: PLC0415 (most homes have no such file)
+
             found = tomllib.load(file)
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -13,7 +13,8 @@ from support.postgres import database_url, postgres_url
 from support.tiny_models import build_tiny_model
 from synapse.commands import Context
 from synapse.config import Settings
-from synapse.genome.registry import LayerRegistry, open_layers
+from synapse.genome.opening import open_layers
+from synapse.genome.registry import LayerRegistry
 from synapse.models.library import open_library
 from synapse.store import Store, open_store
 

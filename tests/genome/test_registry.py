@@ -256,7 +256,7 @@ from pathlib import Path
 from synapse.commands import Context
 from synapse.config import Settings
 from synapse.errors import SynapseError
-from synapse.genome.registry import open_layers
+from synapse.genome.opening import open_layers
 
 home, layer, kill_at, most_bytes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 calls, fsync = 0, os.fsync

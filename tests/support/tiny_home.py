@@ -13,7 +13,7 @@ from support.peft_layers import save_layer
 from support.tiny_models import CONTROL_TOKENS, build_tiny_model
 from synapse.commands import Context
 from synapse.config import Settings
-from synapse.genome.registry import open_layers
+from synapse.genome.opening import open_layers
 from synapse.models.library import open_library
 
 MODEL = "tiny"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, Field
 
@@ -14,11 +14,14 @@ from synapse.genome.cards import parse_card
 from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference, TraitType, genomes_with
 from synapse.genome.events import publish_genome
 from synapse.genome.notation import NOTATION, parse_layers
-from synapse.genome.registry import LayerRegistry, open_layers
+from synapse.genome.opening import open_layers
 from synapse.genome.sources import STARTER, STARTERS, is_folder, starter_names
 from synapse.genome.views import GenomeInfo, find_genome, genome_info
 from synapse.models.adapters.files import LAYER_FILES
 from synapse.store import build, open_store
+
+if TYPE_CHECKING:
+    from synapse.genome.registry import LayerRegistry
 
 
 class AddLayer(BaseModel):

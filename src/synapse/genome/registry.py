@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from synapse.commands import Context, Progress, no_progress
+from synapse.commands import Progress, no_progress
 from synapse.config import PRIVATE_FOLDER
 from synapse.errors import Conflict, Corrupt, InvalidInput, NotFound, Overloaded, Unavailable
 from synapse.genome.cards import CARD_FILE
@@ -32,8 +32,8 @@ from synapse.models.adapters.files import (
     content_address,
     read_layer_files,
 )
-from synapse.models.library import ModelLibrary, open_library
-from synapse.store import Duplicate, Store, build, open_store
+from synapse.models.library import ModelLibrary
+from synapse.store import Duplicate, Store, build
 
 if TYPE_CHECKING:
     from synapse.models.adapters.adapter import Adapter
@@ -46,7 +46,7 @@ MEGABYTE = 10**6
 
 
 class LayerRegistry:
-    """Adds, finds, checks and removes layers. Made by `open_layers`."""
+    """Adds, finds, checks and removes layers. Opened by `synapse.genome.opening.open_layers`."""
 
     def __init__(self, store: Store, library: ModelLibrary, folder: Path, default_model: str) -> None:
         self._store = store
@@ -251,14 +251,6 @@ class LayerRegistry:
             if _address(folder) != layer.sha256:
                 raise _damaged(layer, "its files are not the ones that were added")
             self._verified[str(layer.sha256)] = state
-
-
-@asynccontextmanager
-async def open_layers(context: Context) -> AsyncIterator[LayerRegistry]:
-    """The layers of the home folder, as a resource of the context."""
-    store = await context.get(open_store)
-    library = await context.get(open_library)
-    yield LayerRegistry(store, library, context.settings.folder(LAYERS_FOLDER), context.settings.default_model)
 
 
 def suggested_name(text: str) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from synapse.genome.entities import Genome, GenomeLayer
-from synapse.genome.registry import LayerRegistry
 from synapse.store import Store
+
+if TYPE_CHECKING:
+    from synapse.genome.registry import LayerRegistry
 
 
 async def stack(store: Store, registry: LayerRegistry, genome: Genome) -> list[tuple[str, float]]:

@@ -13,7 +13,6 @@ from synapse.genome.entities import Genome
 from synapse.genome.events import publish_genome
 from synapse.genome.notation import NOTATION, parse_layers
 from synapse.genome.views import GenomeInfo, find_genome, genome_info
-from synapse.models.library import open_library
 from synapse.personas import conversation_commands, entities
 from synapse.personas.entities import MAX_PROMPT_LENGTH, Conversation, Persona
 from synapse.personas.events import publish_persona
@@ -260,6 +259,8 @@ async def _wears(context: Context, persona: Persona) -> PersonaGenome:
 async def _check_model(context: Context, name: str) -> None:
     """A persona's model must be one that is here, except the default one, which the first chat fetches."""
     if name != context.settings.default_model:
+        from synapse.models.library import open_library  # noqa: PLC0415 (a list of personas needs none)
+
         (await context.get(open_library)).resolve(name)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from synapse.callosum.kept import open_kept
 from synapse.commands import Context
 from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference
-from synapse.genome.registry import open_layers
+from synapse.genome.opening import open_layers
 from synapse.genome.stack import stack
 from synapse.personas.entities import Persona
 from synapse.store import Store, open_store

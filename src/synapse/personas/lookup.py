@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from typing import TYPE_CHECKING
 
 from synapse.errors import NotFound
-from synapse.models.library import ModelLibrary
 from synapse.personas.entities import Persona
 from synapse.store import Store
+
+if TYPE_CHECKING:
+    from synapse.models.library import ModelLibrary
 
 BARE = "model"
 """The id of what is no persona of the store but a model itself."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from synapse.commands import Context
 from synapse.genome.events import publish_genome
-from synapse.genome.registry import open_layers
+from synapse.genome.opening import open_layers
 from synapse.personas.entities import Persona
 from synapse.personas.events import publish_persona
 from synapse.personas.layers import make_genome
