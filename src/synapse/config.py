@@ -39,7 +39,7 @@ def default_home() -> Path:
 
 
 class DaemonSettings(BaseModel):
-    """How models are run. In the environment a field is, for instance, `SYNAPSE_DAEMON__POOL`; else under `[daemon]`."""
+    """How models are run: `SYNAPSE_DAEMON__POOL` and so on in the environment, or under `[daemon]` in `synapse.toml`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -15,7 +15,7 @@ import pickle
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,9 +77,7 @@ class _Answer:
 class Supervisor:
     """Workers with one model, kept alive. It is asked as an `EngineRunner` is."""
 
-    def __init__(
-        self, start: Start, *, workers: int, max_active: int, memory_bytes: int
-    ) -> None:
+    def __init__(self, start: Start, *, workers: int, max_active: int, memory_bytes: int) -> None:
         """Nothing is started yet.
 
         Args:

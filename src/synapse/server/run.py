@@ -17,7 +17,8 @@ from fastapi import FastAPI
 
 from synapse.commands import Context
 from synapse.config import Settings
-from synapse.engines import EngineClient, open_engines
+from synapse.daemon.host import open_models
+from synapse.engines import EngineClient
 from synapse.errors import Conflict, Forbidden, InvalidInput, Unavailable
 from synapse.server.access import MAKE_A_KEY, is_loopback
 from synapse.server.app import create_app
@@ -97,7 +98,7 @@ async def _serve(settings: Settings) -> None:
         listener = await bind(context)
         server = make_server(create_app(context))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        engines = await context.get(open_engines)
+        engines = await context.get(open_models)
         loading = asyncio.create_task(engines.get(settings.default_model))
         try:
             await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
@@ -187,7 +188,7 @@ async def greeting(context: Context, listener: socket.socket) -> str:
     model = personas[0] if personas else context.settings.default_model
     who = f"personas: {', '.join(personas)}" if personas else "no personas yet: `synapse persona create NAME` makes one"
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-    engines = "".join([await _engine_line(client) for client in (await context.get(open_engines)).clients()])
+    engines = "".join([await _engine_line(client) for client in (await context.get(open_models)).clients()])
     return (
         f"Synapse answers at {url} ({who}).\n{engines}Try:\n"
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 
 from synapse.commands import Context, command
+from synapse.daemon.host import open_models
 from synapse.engines.client import EngineClient
-from synapse.engines.host import open_engines
 
 
 class GetEngineStats(BaseModel):
@@ -43,7 +43,7 @@ async def engine_stats(params: GetEngineStats, context: Context) -> EngineList:
 
     Over HTTP these are the engines of the server. A terminal's own process has none open.
     """
-    host = await context.get(open_engines)
+    host = await context.get(open_models)
     return EngineList(items=[await engine_state(client) for client in host.clients()])
 
 
