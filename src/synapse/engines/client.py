@@ -10,11 +10,13 @@ import itertools
 import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from synapse.engines.front_end import FrontEnd
 from synapse.engines.request import Event, Request
+from synapse.engines.residency import Lease
 from synapse.engines.runner import EngineRunner, EngineStats
 from synapse.errors import Corrupt, InternalError, SynapseError
 
@@ -30,15 +32,22 @@ class EngineClient:
         front: makes prompts for it.
     """
 
-    def __init__(self, front: FrontEnd, runner: EngineRunner, layers: Path) -> None:
+    def __init__(self, front: FrontEnd, runner: EngineRunner, layers: Path, lease: Lease[Any] | None = None) -> None:
         """A client of an engine in this process.
 
         Args:
             layers: the folder in which each LoRA layer has a folder named by its sha256.
+            lease: what keeps the engine open until the client is closed or dropped.
         """
         self.front = front
         self._runner = runner
         self._layers = layers
+        self._lease = lease
+
+    def close(self) -> None:
+        """Let the engine go, when this client needs it no more: it is closed when nobody uses it for a while."""
+        if self._lease is not None:
+            self._lease.release()
 
     async def generate(self, request: Request, request_id: str | None = None) -> AsyncGenerator[Event]:
         """Queue a request and yield its events, the last of which is `Finished`.

@@ -102,8 +102,9 @@ async def _serve(settings: Settings) -> None:
         try:
             await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
-                await loading
+                client = await loading  # keeps it open while it is spoken of
                 print(await greeting(context, listener), flush=True)
+                client.close()
         except BaseException:
             server.stop()
             raise
