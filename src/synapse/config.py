@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -32,6 +33,11 @@ PRIVATE_FOLDER = 0o700
 PASSWORD = re.compile(r"//[^@/]*@")
 """Name and password in a URL; an error shows neither."""
 
+NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
+DURATION = re.compile(rf"({NUMBER.pattern})(ms|s|m|h)", re.ASCII)
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+"""Seconds of what a duration is given in."""
+
 
 def default_home() -> Path:
     """The folder used when `SYNAPSE_HOME` is not set."""
@@ -39,7 +45,7 @@ def default_home() -> Path:
 
 
 class DaemonSettings(BaseModel):
-    """How models are run: `SYNAPSE_DAEMON__POOL` and so on in the environment, or under `[daemon]` in `synapse.toml`."""
+    """How models are run: `SYNAPSE_DAEMON__POOL` and so on in the environment, under `[daemon]` in `synapse.toml`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -105,6 +111,14 @@ class Settings(BaseModel):
         ge=2**20,
         description="memory the KV cache may fill per model; never more than an eighth of the machine's",
     )
+    keep_alive: float = Field(
+        "5m",
+        validate_default=True,
+        description="how long a model stays in memory when nobody uses it: 30s, 5m, 2h; 0 is not at all, -1 for ever",
+    )
+    max_model_bytes: int = Field(
+        0, ge=0, description="memory that all models may take together; 0 means three quarters of the machine's"
+    )
     max_layers: int = Field(20, ge=1, description="LoRA layers kept in memory per model")
     max_layer_bytes: int = Field(500 * 2**20, ge=2**20, description="bytes of LoRA layers kept in memory per model")
     daemon: DaemonSettings = Field(default_factory=DaemonSettings, description="how models are run")
@@ -113,6 +127,11 @@ class Settings(BaseModel):
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
+
+    @field_validator("keep_alive", mode="before")
+    @classmethod
+    def _seconds(cls, duration: object) -> float:
+        return seconds_of(duration)
 
     @property
     def database(self) -> str:
@@ -135,6 +154,21 @@ class Settings(BaseModel):
                 hint = "make room on that disk, or set SYNAPSE_HOME to a folder on another one"
             raise Unavailable(f"cannot create the folder {path}: {error.strerror}", hint=hint) from error
         return path
+
+
+def seconds_of(duration: object) -> float:
+    """The seconds of a duration: a number of them, or text such as `30s`, `5m`, `1h30m`; below zero means for ever.
+
+    Raises:
+        ValueError: it is none.
+    """
+    text = str(duration).strip().lower()
+    sign, parts = text.removeprefix("-"), DURATION.findall(text)
+    if isinstance(duration, bool) or not (sign == "".join(map("".join, parts)) or NUMBER.fullmatch(sign)) or not sign:
+        raise ValueError("expected a duration such as 30s, 5m or 2h, 0 for not at all, or -1 for ever")
+    if text.startswith("-"):
+        return math.inf
+    return float(sign) if NUMBER.fullmatch(sign) else sum(float(count) * UNITS[unit] for count, unit in parts)
 
 
 def load_settings() -> Settings:
@@ -228,7 +262,9 @@ def _refusal(error: ValidationError) -> InvalidInput:
     field = ".".join(place)
     found, wrong = PASSWORD.sub("//***@", repr(first["input"])), first["msg"]
     hint = f"mend {PREFIX}{NESTED.join(place).upper()} or `{field}` in {FILE}"
-    if first["type"] == "string_pattern_mismatch":
+    if first["type"] == "value_error":
+        wrong = str(first["ctx"]["error"])
+    elif first["type"] == "string_pattern_mismatch":
         fields = DaemonSettings.model_fields if place[0] == "daemon" else Settings.model_fields
         wrong, hint = "none of its values", f"`{field}` is {fields[place[-1]].description}; {hint}"
     return InvalidInput(f"the setting {field} is {found}: {wrong}", hint=hint)

@@ -40,21 +40,23 @@ async def host(context: Context) -> EncoderHost:
 
 
 async def test_an_encoder_is_opened_once_and_shared(host: EncoderHost) -> None:
-    one, two, three = await asyncio.gather(host.get(), host.get("mine"), host.get())
-    assert one is two is three
+    async with host.use() as one, host.use("mine") as two, host.use() as three:
+        assert one is two is three
     with pytest.raises(ModelNotFound, match="nobody"):
-        await host.get("nobody")
+        async with host.use("nobody"):
+            pass
 
 
 async def test_a_path_is_no_name(host: EncoderHost, folder: Path) -> None:
     with pytest.raises(InvalidInput, match="not a name for a model"):
-        await host.get(str(folder))
+        async with host.use(str(folder)):
+            pass
 
 
 async def test_tasks_that_encode_at_once_get_their_own_vectors(host: EncoderHost, folder: Path) -> None:
-    runner = await host.get()
     lists = [sample_texts(20, seed) for seed in range(4)]
-    results = await asyncio.gather(*map(runner.encode, lists))
+    async with host.use() as runner:
+        results = await asyncio.gather(*map(runner.encode, lists))
     encoder = open_encoder_folder(folder)
     for texts, result in zip(lists, results, strict=True):
         np.testing.assert_allclose(result.vectors, encoder.encode(texts), atol=1e-6)
@@ -65,23 +67,23 @@ async def test_tasks_that_encode_at_once_get_their_own_vectors(host: EncoderHost
 async def test_a_task_that_is_cancelled_stops_after_its_batch(
     host: EncoderHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = await host.get()
-    embed, began, calls = runner.encoder.embed, threading.Event(), []
+    async with host.use() as runner:
+        embed, began, calls = runner.encoder.embed, threading.Event(), []
 
-    def slow(texts: object) -> object:
-        calls.append(1)
-        began.set()
-        return embed(texts)  # type: ignore[arg-type]
+        def slow(texts: object) -> object:
+            calls.append(1)
+            began.set()
+            return embed(texts)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner.encoder, "embed", slow)
-    task = asyncio.create_task(runner.encode(sample_texts(2000)))
-    await asyncio.to_thread(began.wait, 10)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    done = len(calls)
-    await runner.encode(["another"])
-    assert len(calls) == done + 1 < 20
+        monkeypatch.setattr(runner.encoder, "embed", slow)
+        task = asyncio.create_task(runner.encode(sample_texts(2000)))
+        await asyncio.to_thread(began.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        done = len(calls)
+        await runner.encode(["another"])
+        assert len(calls) == done + 1 < 20
 
 
 def test_the_group_has_two_commands_that_change_nothing() -> None:
@@ -114,6 +116,6 @@ async def test_texts_are_compared_by_command(context: Context) -> None:
 
 
 async def test_no_texts_are_refused(host: EncoderHost) -> None:
-    runner = await host.get()
     with pytest.raises(InvalidInput, match="no text"):
-        await runner.encode([])
+        async with host.use() as runner:
+            await runner.encode([])

@@ -31,10 +31,11 @@ from synapse.engines import (
     open_engine,
     open_engines,
 )
-from synapse.engines.opening import open_engine_file
+from synapse.engines.opening import engine_of, open_engine_file
 from synapse.engines.sampling import Sampler
 from synapse.engines.unread import SlowReader
 from synapse.errors import Conflict, Corrupt, InternalError, NotFound, Overloaded, Unavailable
+from synapse.models.gguf_file import ModelFile
 from synapse.models.library import open_library
 
 ENDLESS = Request((5, 6, 7), sampling=Sampling(seed=1), ignore_eos=True)
@@ -230,7 +231,7 @@ async def test_the_host_opens_each_model_once_and_by_name(tmp_path: Path) -> Non
         await library.pull(str(tiny.path), name="tiny")
         host = await context.get(open_engines)
         first, second = await asyncio.gather(host.get("tiny"), host.get("tiny"))
-        assert first is second
+        assert first.front is second.front
         assert len(host.loaded) == 1
         assert first.front.limits == limits_from(settings)
         assert first.front.context == 64
@@ -270,7 +271,7 @@ async def test_a_model_under_two_names_is_one_engine_and_another_opens_beside_it
         await asyncio.sleep(0)
         first.cancel()  # whoever asked first stops nobody who waits for the same opening
         again, beside = await asyncio.gather(*rest)
-        assert await host.get("one") is again is not beside
+        assert (await host.get("one")).front is again.front is not beside.front
         assert len(host.loaded) == 2
 
 
@@ -278,12 +279,12 @@ async def test_an_opening_that_is_slow_holds_up_no_other_model(tmp_path: Path, m
     models = {name: build_tiny_model(tmp_path / f"{name}.gguf", name) for name in ("llama", "qwen2")}
     slow, go_on = str(models["llama"].path), threading.Event()
 
-    def opened(path: Path, *args: Any) -> Engine:
-        if str(path) == slow:
+    def opened(file: ModelFile, *args: Any) -> Engine:
+        if str(file.path) == slow:
             assert go_on.wait(60)
-        return open_engine_file(path, *args)
+        return engine_of(file, *args)
 
-    monkeypatch.setattr("synapse.engines.host.open_engine_file", opened)
+    monkeypatch.setattr("synapse.engines.host.engine_of", opened)
     async with Context(Settings(home=tmp_path / "home", max_context=64, threads=1, backend="reference")) as context:
         host = await context.get(open_engines)
         held = asyncio.create_task(host.get(slow))

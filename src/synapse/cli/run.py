@@ -32,11 +32,12 @@ def run_command(command: Command, values: Mapping[str, Any], *, as_json: bool) -
 
 async def _run(command: Command, params: BaseModel, call: Call) -> BaseModel:
     settings = load_settings()
-    if command.of_server and (settings.home / FOLDER).exists():
-        from synapse.daemon.door import find_server  # noqa: PLC0415 (imports what runs models)
+    if command.of_server:
+        from synapse.daemon.door import find_server
 
         server = await find_server(settings)
         if server is not None:
-            return command.result.model_validate(await server.ask("command", command.name, params.model_dump(mode="json")))
+            given = params.model_dump(mode="json", exclude_unset=True)
+            return command.result.model_validate(await server.ask("command", command.name, given))
     async with Context(settings) as context, recording(context):
         return await command.run(params, context, call)

@@ -45,6 +45,10 @@ class Openings(Generic[K, T]):
         """What is open."""
         return {key: task.result() for key, task in self._tasks.items() if task.done() and not _failed(task)}
 
+    def forget(self, key: K) -> None:
+        """Let the next who asks have it opened anew. Whoever waits for an opening still gets what it opens."""
+        self._tasks.pop(key, None)
+
     async def close(self) -> dict[K, T]:
         """Give up what is being opened, forget everything, and return what was open."""
         self._closed = True

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from synapse.callosum.publish.publishing import publish
 from synapse.commands import Context
+from synapse.config import Settings
 from synapse.daemon.calls import Caller
 from synapse.daemon.door import find_server
 from synapse.daemon.protocol import Disconnected
@@ -18,14 +17,13 @@ from synapse.daemon.supervisor import Supervisor
 from synapse.daemon.worker import Start
 from synapse.engines.background import in_background
 from synapse.engines.client import EngineClient
-from synapse.engines.events import EngineOpened
 from synapse.engines.front_end import open_front_end
-from synapse.engines.host import EngineHost, OpenEngine, open_engines
+from synapse.engines.host import EngineHost, ModelToOpen, OpenModel, open_engines
 from synapse.engines.limits import limits_from
 from synapse.engines.native.packed.file import prepare_packed
 from synapse.engines.opening import needed_bytes
 from synapse.engines.request import Event, Request
-from synapse.engines.residency import Lease, MakeRoom, open_residency
+from synapse.engines.residency import Lease, open_residency
 from synapse.engines.runner import EngineStats
 from synapse.models.adapters.files import LAYERS_FOLDER
 from synapse.models.gguf_file import open_model_file
@@ -35,32 +33,29 @@ SLACK_BYTES = 2**30
 """What the process of a worker may take beside its model, caches and layers: interpreter, tokenizer, grammars."""
 
 
-class WorkerHost(EngineHost):
-    """As `EngineHost`, with each engine in processes of its own, which map the same weights."""
-
-    async def _open(self, path: Path, sha256: str, make_room: MakeRoom) -> OpenEngine:
-        settings, limits, name = self._settings, limits_from(self._settings), path.parent.name
-        started = time.perf_counter()
-        native = settings.backend != "reference"
-        file = await asyncio.to_thread(open_model_file, path)
-        needed = needed_bytes(file, limits, native=native)
-        await make_room(needed)
-        if native and self._residency.others(sha256):  # somebody may be answering meanwhile
-            await in_background(partial(prepare_packed, path, sha256, settings.folder("packed"), limits.quantisation))
-        most = settings.daemon.worker_bytes or needed + SLACK_BYTES
-        supervisor = Supervisor(
-            Start(path, name, settings),
-            workers=settings.daemon.workers,
-            max_active=settings.max_concurrent_requests,
-            memory_bytes=most,
-        )
-        try:
-            front, _ = await asyncio.gather(asyncio.to_thread(open_front_end, path, limits, name), supervisor.start())
-        except BaseException:
-            await supervisor.close()
-            raise
-        publish("engine.opened", EngineOpened(model=name, seconds=time.perf_counter() - started))
-        return OpenEngine(front, supervisor)
+async def open_in_workers(model: ModelToOpen) -> OpenModel:
+    """Open a model in processes of its own, which map the same weights."""
+    settings, limits = model.settings, limits_from(model.settings)
+    native = settings.backend != "reference"
+    file = await asyncio.to_thread(open_model_file, model.path)
+    needed = needed_bytes(file, limits, native=native)
+    await model.make_room(needed)
+    if native and model.beside_others:
+        packed = settings.folder("packed")
+        await in_background(partial(prepare_packed, model.path, model.sha256, packed, limits.quantisation))
+    supervisor = Supervisor(
+        Start(model.path, model.name, settings),
+        workers=settings.daemon.workers,
+        max_active=settings.max_concurrent_requests,
+        memory_bytes=settings.daemon.worker_bytes or needed + SLACK_BYTES,
+    )
+    opening = asyncio.to_thread(open_front_end, model.path, limits, model.name)
+    try:
+        front, _ = await asyncio.gather(opening, supervisor.start())
+    except BaseException:
+        await supervisor.close()
+        raise
+    return OpenModel(front, supervisor)
 
 
 class SharedHost:
@@ -86,6 +81,10 @@ class SharedHost:
     def clients(self) -> list[EngineClient]:
         """Clients of the engines that are open in this process; see `EngineHost.clients`."""
         return self._here.clients() if self._here is not None else []
+
+    def models(self) -> dict[str, OpenModel]:
+        """The models that are open in this process; see `EngineHost.models`."""
+        return self._here.models() if self._here is not None else {}
 
     async def _running(self) -> Caller | None:
         if self._server is None or self._server.lost.done():
@@ -120,6 +119,13 @@ class _RemoteRunner:
             self._server.tell("close", self._number)
 
 
+def for_a_server(settings: Settings) -> Settings:
+    """The settings as a process wants them that serves others: models run in workers unless something else is said."""
+    if settings.daemon.pool != "auto":
+        return settings
+    return settings.model_copy(update={"daemon": settings.daemon.model_copy(update={"pool": "process"})})
+
+
 @asynccontextmanager
 async def open_models(context: Context) -> AsyncIterator[EngineHost | SharedHost]:
     """Opener of the models that this process uses, for `Context.get`."""
@@ -129,4 +135,5 @@ async def open_models(context: Context) -> AsyncIterator[EngineHost | SharedHost
     elif pool == "auto":
         yield SharedHost(context)
     else:
-        yield WorkerHost(await context.get(open_library), context.settings, await context.get(open_residency))
+        library, residency = await context.get(open_library), await context.get(open_residency)
+        yield EngineHost(library, context.settings, residency, open_in_workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -42,6 +43,8 @@ State = Literal["starting", "ready", "draining", "ended"]
 
 log = Logger(__name__)
 
+_numbers = itertools.count(1)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Death:
@@ -66,13 +69,13 @@ class WorkerProcess:
         ended: done when the process has ended, with how it did.
     """
 
-    def __init__(self, number: int, start: Start, memory_bytes: int) -> None:
+    def __init__(self, start: Start, memory_bytes: int) -> None:
         """Nothing is started yet.
 
         Args:
             memory_bytes: how much memory of its own it may have.
         """
-        self.number = number
+        self.number = next(_numbers)
         self.caller = Caller(self._hear)
         self.loaded: set[str] = set()
         self.ended: asyncio.Future[Death] = asyncio.get_running_loop().create_future()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import pickle
 import secrets
 import time
@@ -29,7 +28,7 @@ from synapse.daemon.turns import Turns
 from synapse.daemon.worker import Start
 from synapse.engines.request import Delta, Event, Request
 from synapse.engines.runner import EngineStats
-from synapse.errors import InternalError, NotFound, Overloaded, SynapseError, TimedOut, Unavailable
+from synapse.errors import InternalError, Overloaded, SynapseError, TimedOut, Unavailable
 from synapse.log import Logger
 
 LONGEST_BACKOFF = 10.0
@@ -89,7 +88,6 @@ class Supervisor:
         self._wanted = workers
         self._max_active = max_active
         self._memory_bytes = memory_bytes
-        self._numbers = itertools.count(1)
         self._keepers: dict[asyncio.Task[None], None] = {}
         self._workers: list[WorkerProcess] = []
         self._turns: dict[WorkerProcess, Turns] = {}
@@ -104,6 +102,10 @@ class Supervisor:
         self._known: EngineStats | None = None
         self._closing = False
         self.restarts = 0
+
+    def active(self, worker: WorkerProcess) -> int:
+        """How many answers a worker is at."""
+        return len(self._running.get(worker, ()))
 
     @property
     def workers(self) -> list[WorkerProcess]:
@@ -130,17 +132,6 @@ class Supervisor:
         task = asyncio.create_task(self._keep())
         self._keepers[task] = None
         task.add_done_callback(lambda done: self._keepers.pop(done, None))
-
-    def find(self, number: int) -> WorkerProcess:
-        """A worker by its number.
-
-        Raises:
-            NotFound: there is none.
-        """
-        for worker in self._workers:
-            if worker.number == number:
-                return worker
-        raise NotFound(f"there is no worker {number}", hint="`synapse daemon workers` lists them")
 
     async def drain(self, worker: WorkerProcess) -> None:
         """Give a worker no more requests, wait for those that it has, and end it. Another takes its place."""
@@ -233,7 +224,7 @@ class Supervisor:
         """One worker after another, each started when the one before has ended."""
         backoff = FIRST_BACKOFF
         while not self._closing:
-            worker = WorkerProcess(next(self._numbers), self._start, self._memory_bytes)
+            worker = WorkerProcess(self._start, self._memory_bytes)
             self._workers.append(worker)
             self._turns[worker], self._running[worker] = Turns(), set()
             try:

@@ -99,11 +99,12 @@ class Worker:
         context = await self._resources.enter_async_context(Context(what.settings))
         with suppress(SynapseError):  # without a store, a hot path goes by the settings alone
             await context.get(open_hotpaths)
-        backend = cast(Backend, what.settings.backend)
-        engine = await asyncio.to_thread(open_engine_file, what.path, backend, limits_from(what.settings), what.name)
+        settings = what.settings
+        limits, backend = limits_from(settings), cast(Backend, settings.backend)
+        engine = await asyncio.to_thread(open_engine_file, what.path, backend, limits, what.name, settings=settings)
         self._opened = EngineRunner(engine, max_active=what.settings.max_concurrent_requests)
         self._resources.push_async_callback(self._opened.close)
-        return self._opened.stats()
+        return await self._opened.stats()
 
     def generate(self, request: Request, request_id: str | None) -> AsyncGenerator[Event]:
         return self._runner.generate(request, request_id)
@@ -115,7 +116,7 @@ class Worker:
         return await self._runner.load_layer(path)
 
     async def stats(self) -> EngineStats:
-        return self._runner.stats()
+        return await self._runner.stats()
 
     async def metrics(self) -> bytes:
         """The hot paths of this process, for Prometheus."""

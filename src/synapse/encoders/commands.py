@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from synapse.commands import Argument, Context, LocalPath, command, looks_like_path
-from synapse.encoders.host import EncoderRunner, open_encoders
+from synapse.encoders.host import open_encoders
 
 MAX_TEXTS = 2048
 MODEL = "an encoder of `synapse model list`; by default the setting default_encoder"
@@ -63,22 +63,19 @@ class LikenessList(BaseModel):
 @command("embedding/create", permission="read")
 async def create_embeddings(params: CreateEmbeddings, context: Context) -> EmbeddingList:
     """Make vectors of texts."""
-    runner = await _runner(params.model, context)
-    made = await runner.encode(params.texts)
+    async with (await context.get(open_encoders)).use(params.model) as runner:
+        made = await runner.encode(params.texts)
+        name, dimensions = runner.encoder.name, runner.encoder.dimensions
     rows = zip(params.texts, made.tokens, made.truncated, made.vectors.tolist(), strict=True)
     items = [Embedding(text=t, tokens=n, truncated=cut, vector=vector) for t, n, cut, vector in rows]
-    return EmbeddingList(model=runner.encoder.name, dimensions=runner.encoder.dimensions, items=items)
+    return EmbeddingList(model=name, dimensions=dimensions, items=items)
 
 
 @command("embedding/compare", permission="read")
 async def compare_texts(params: CompareTexts, context: Context) -> LikenessList:
     """Say which texts are nearest in meaning to a text."""
-    runner = await _runner(params.model, context)
-    vectors = (await runner.encode([params.text, *params.others])).vectors
+    async with (await context.get(open_encoders)).use(params.model) as runner:
+        vectors = (await runner.encode([params.text, *params.others])).vectors
     pairs = zip((vectors[1:] @ vectors[0]).tolist(), params.others, strict=True)
     found = sorted(pairs, key=lambda pair: -pair[0])
     return LikenessList(items=[Likeness(cosine=cosine, text=text) for cosine, text in found])
-
-
-async def _runner(model: str | None, context: Context) -> EncoderRunner:
-    return await (await context.get(open_encoders)).get(model)

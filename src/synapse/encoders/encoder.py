@@ -20,7 +20,7 @@ from synapse.engines.native.kernel import find
 from synapse.errors import InvalidInput, Unavailable
 from synapse.kernels.native import python_forced
 from synapse.models.encoder.config import EncoderConfig, Pooling
-from synapse.models.encoder.file import open_encoder_file
+from synapse.models.encoder.file import EncoderFile, open_encoder_file
 from synapse.models.encoder.tokenizer import EncoderTokenizer, TokenizedText
 from synapse.models.errors import ModelFileCorrupt
 from synapse.models.in_use import hold
@@ -151,14 +151,18 @@ def open_encoder_folder(
     """Open the encoder in a folder; see `open_encoder`."""
     if backend not in ("reference", "native", "auto"):
         raise InvalidInput(f"the backend is reference, native or auto, not {backend!r}")
+    return encoder_of(open_encoder_file(folder), backend, precision=precision, threads=threads)
+
+
+def encoder_of(file: EncoderFile, backend: Backend, *, precision: Precision, threads: int) -> Encoder:
+    """An encoder of an open file; see `open_encoder`."""
     linear = linear_maker(precision, backend, threads)
     if backend == "native":
         if python_forced():
             raise Unavailable("native code is turned off", hint="unset SYNAPSE_FORCE_PYTHON")
         find()
     threadpool_limits(threads or max(1, (os.cpu_count() or 1) - 1), user_api="blas")
-    file = open_encoder_file(folder)
     kernel = ReferenceEncoder(load_encoder_weights(file, linear))
-    encoder = Encoder(folder.name, file.config, file.tokenizer, kernel)
-    weakref.finalize(encoder, hold(folder))
+    encoder = Encoder(file.folder.name, file.config, file.tokenizer, kernel)
+    weakref.finalize(encoder, hold(file.folder))
     return encoder

@@ -10,17 +10,28 @@ import itertools
 import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any, Protocol
 
 import structlog
 
 from synapse.engines.front_end import FrontEnd
 from synapse.engines.request import Event, Request
-from synapse.engines.runner import EngineRunner, EngineStats
+from synapse.engines.residency import Lease
+from synapse.engines.runner import EngineStats
 from synapse.errors import Corrupt, InternalError, SynapseError
 
 log = structlog.get_logger(__name__)
 
 _numbers = itertools.count(1)
+
+
+class Runner(Protocol):
+    """What steps an engine, wherever that is; see `EngineRunner`."""
+
+    def generate(self, request: Request, request_id: str | None = None) -> AsyncGenerator[Event]: ...
+    async def cancel(self, request_id: str) -> None: ...
+    async def load_layer(self, path: Path) -> str: ...
+    async def stats(self) -> EngineStats: ...
 
 
 class EngineClient:
@@ -30,15 +41,22 @@ class EngineClient:
         front: makes prompts for it.
     """
 
-    def __init__(self, front: FrontEnd, runner: EngineRunner, layers: Path) -> None:
-        """A client of an engine in this process.
+    def __init__(self, front: FrontEnd, runner: Runner, layers: Path, lease: Lease[Any] | None = None) -> None:
+        """A client of an engine.
 
         Args:
             layers: the folder in which each LoRA layer has a folder named by its sha256.
+            lease: what keeps the engine open until the client is closed or dropped.
         """
         self.front = front
         self._runner = runner
         self._layers = layers
+        self._lease = lease
+
+    def close(self) -> None:
+        """Let the engine go, when this client needs it no more: it is closed when nobody uses it for a while."""
+        if self._lease is not None:
+            self._lease.release()
 
     async def generate(self, request: Request, request_id: str | None = None) -> AsyncGenerator[Event]:
         """Queue a request and yield its events, the last of which is `Finished`.
@@ -88,7 +106,7 @@ class EngineClient:
 
     async def stats(self) -> EngineStats:
         """How busy the engine is, as of now."""
-        return self._runner.stats()
+        return await self._runner.stats()
 
 
 def new_request_id() -> str:

@@ -90,10 +90,7 @@ class Engine:
         self.context = transformer.context
         self.weight_bytes = transformer.weight_bytes
         self._transformer = transformer
-        tokens = limits.kv_cache_tokens or default_cache_tokens(
-            transformer.kv_token_bytes, limits.kv_cache_bytes, context=self.context, max_batch=limits.max_batch
-        )
-        self._pool = BlockPool(-(-max(tokens, self.context) // BLOCK_TOKENS))
+        self._pool = BlockPool(cache_tokens(limits, self.context, transformer.kv_token_bytes) // BLOCK_TOKENS)
         self._cache = transformer.new_cache(self._pool.blocks)
         self._scheduler = Scheduler(
             self._pool, max_batch=limits.max_batch, step_tokens=limits.step_tokens, copy=self._cache.copy
@@ -495,6 +492,14 @@ class Engine:
                 [Chunk(part, start, table, stack, len(part))], cache
             ).values
         return logits
+
+
+def cache_tokens(limits: Limits, context: int, token_bytes: int) -> int:
+    """Tokens of the KV cache of an engine, in whole blocks: at least one sequence of the longest length."""
+    tokens = limits.kv_cache_tokens or default_cache_tokens(
+        token_bytes, limits.kv_cache_bytes, context=context, max_batch=limits.max_batch
+    )
+    return -(-max(tokens, context) // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 def overdue(seq: Sequence, now: float) -> DeadlineExceeded:

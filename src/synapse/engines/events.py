@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from synapse.callosum.payloads import Payload, event
 
 
@@ -11,6 +13,15 @@ class EngineOpened(Payload):
 
     model: str
     seconds: float
+
+
+@event("engine.closed")
+class EngineClosed(Payload):
+    """A model was taken out of memory: nobody had asked for it for a while (`idle`), another needed its room
+    (`memory`), or the process ends (`stopped`)."""
+
+    model: str
+    reason: Literal["idle", "memory", "stopped"]
 
 
 @event("engine.failed")

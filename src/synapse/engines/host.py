@@ -1,110 +1,234 @@
-"""Engines by the name of their base model: opened on first use, one for each model file, closed together."""
+"""Engines by the name of their base model: opened on first use, one for each model file, closed when not in use."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Protocol, TypeVar, cast
 
 from synapse.callosum.publish.publishing import publish
 from synapse.commands import Context
-from synapse.commands.openings import Openings
 from synapse.config import Settings, load_settings
-from synapse.engines.client import EngineClient
+from synapse.engines.background import in_background
+from synapse.engines.client import EngineClient, Runner
 from synapse.engines.engine import Engine
-from synapse.engines.events import EngineOpened
-from synapse.engines.front_end import front_end_of
+from synapse.engines.events import EngineClosed, EngineOpened
+from synapse.engines.front_end import FrontEnd, front_end_of
 from synapse.engines.limits import Backend, Limits, limits_from
-from synapse.engines.native.packed.source_hash import source_sha256
-from synapse.engines.opening import open_engine_file
+from synapse.engines.native.packed.file import prepare_packed
+from synapse.engines.native.packed.source_hash import known_sha256, source_sha256
+from synapse.engines.native.steps import Supervised, Unsupervised
+from synapse.engines.opening import NativeParts, check_backend, computes_natively, engine_of, needed_bytes
+from synapse.engines.residency import MakeRoom, Reason, Residency, open_residency
 from synapse.engines.runner import EngineRunner
 from synapse.models.adapters.files import LAYERS_FOLDER
+from synapse.models.gguf_file import ModelFile, open_model_file
 from synapse.models.library import ModelLibrary, open_library
 
+T = TypeVar("T")
 
-def open_engine(model: str, backend: Backend = "auto", *, limits: Limits | None = None) -> Engine:
-    """Open an engine for a model that is pulled, or for a GGUF file.
+SWITCH_SECONDS = 0.0005
+"""How soon a thread that wants the interpreter gets it while a model is opened: a step of an engine wants it several
+times, and by default each would wait for ten times as long."""
+
+
+def open_engine(
+    model: str, backend: Backend = "auto", *, limits: Limits | None = None, settings: Settings | None = None
+) -> Engine:
+    """Open an engine for a model that is pulled, or for a GGUF file. No database is opened and no process started.
+
+    So nothing watches the kernel: a build is used that has passed its checks (see `synapse kernels build`).
 
     Args:
         model: a name of `synapse model list`, or a path.
-        backend: `reference`, `native` or `auto`; see `open_engine_file`.
+        backend: `reference` is the NumPy engine in float32, `native` the kernel on packed weights; `auto` is `native`
+            where that works, and the log says why where it does not.
         limits: the settings' limits when left out.
+        settings: those of the environment when left out.
 
     Raises:
         NotFound: there is no such model here; the hint says how to pull it.
         ModelFileCorrupt, UnsupportedModel: its file cannot be used.
+        Unavailable: `native` was asked for and does not work here; the message says why.
+        DiskFull: there is no room for the packed weights.
     """
-    settings = load_settings()
+    check_backend(backend)
+    settings = settings or load_settings()
     path = ModelLibrary(settings.folder("models")).resolve(model)
-    return open_engine_file(path, backend, limits or limits_from(settings), path.parent.name)
+    native = NativeParts(Unsupervised(settings), settings.folder("packed"))
+    return engine_of(open_model_file(path), backend, limits or limits_from(settings), path.parent.name, native)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelToOpen:
+    """What is known of a model that is to be opened.
+
+    Attributes:
+        sha256: of its file.
+        beside_others: whether other models are open, and somebody may be answering meanwhile.
+        make_room: to be awaited with the memory that it may take, before that is taken.
+    """
+
+    path: Path
+    sha256: str
+    settings: Settings
+    beside_others: bool
+    make_room: MakeRoom
+
+    @property
+    def name(self) -> str:
+        """What the model is called here."""
+        return self.path.parent.name
+
+
+class OpenRunner(Runner, Protocol):
+    """A runner that can be closed."""
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model that is open, in this process or in others."""
+
+    front: FrontEnd
+    runner: OpenRunner
+
+    async def close(self, reason: Reason) -> None:
+        await self.runner.close()
+        publish("engine.closed", EngineClosed(model=self.front.name, reason=reason))
 
 
 class EngineHost:
-    """The engines of this process, by the content of their model files: one file under two names is one engine."""
+    """Engines, by the content of their model files: one file under two names is one engine."""
 
-    def __init__(self, library: ModelLibrary, settings: Settings) -> None:
+    def __init__(
+        self,
+        library: ModelLibrary,
+        settings: Settings,
+        residency: Residency,
+        opener: Callable[[ModelToOpen], Awaitable[OpenModel]] | None = None,
+    ) -> None:
+        """No engine is open yet; the residency closes those that nobody uses.
+
+        Args:
+            opener: opens a model; `open_here` when left out.
+        """
         self._library = library
         self._settings = settings
-        self._openings: Openings[str, _Opened] = Openings()
+        self._residency = residency
+        self._opener = opener or open_here
 
     async def get(self, model: str) -> EngineClient:
         """A client of a model's engine, which is opened if it is not yet: that takes seconds, and holds up nobody else.
 
+        The engine stays open for as long as the client is neither closed nor dropped.
+
         Raises:
+            NoMemory: it does not fit beside the models that are in use.
             as `open_engine`.
         """
         path = self._library.resolve(model)
-        sha256 = await asyncio.to_thread(source_sha256, path, self._settings.folder("packed"))
-        return (await self._openings.get(sha256, lambda: self._open(path))).client
+        sha256 = await self._sha256(path)
+        lease = await self._residency.lease(sha256, path.parent.name, partial(self._open, path, sha256))
+        return EngineClient(lease.model.front, lease.model.runner, self._settings.home / LAYERS_FOLDER, lease)
 
-    async def _open(self, path: Path) -> _Opened:
-        backend = cast(Backend, self._settings.backend)
-        name = path.parent.name
+    async def _sha256(self, path: Path) -> str:
+        folder = self._settings.folder("packed")
+        known = await asyncio.to_thread(known_sha256, path, folder)
+        if known is not None:
+            return known
+        read = partial(source_sha256, path, folder)
+        return await (in_background(read) if self._residency.open_models() else asyncio.to_thread(read))
+
+    async def _open(self, path: Path, sha256: str, make_room: MakeRoom) -> OpenModel:
         started = time.perf_counter()
-        opening = asyncio.create_task(
-            asyncio.to_thread(open_engine_file, path, backend, limits_from(self._settings), name)
-        )
-        try:
-            engine = await asyncio.shield(opening)
-        except asyncio.CancelledError:  # nothing stops the thread: what it opens is closed
-            (await opening).close()
-            raise
-        runner = EngineRunner(engine, max_active=self._settings.max_concurrent_requests)
-        publish("engine.opened", EngineOpened(model=name, seconds=time.perf_counter() - started))
-        return _Opened(
-            EngineClient(front_end_of(engine, path, name), runner, self._settings.home / LAYERS_FOLDER), runner
-        )
+        check_backend(cast(Backend, self._settings.backend))
+        to_open = ModelToOpen(path, sha256, self._settings, self._residency.others(sha256), make_room)
+        model = await self._opener(to_open)
+        publish("engine.opened", EngineOpened(model=to_open.name, seconds=time.perf_counter() - started))
+        return model
 
     @property
-    def loaded(self) -> dict[str, EngineRunner]:
-        """The engines that are open, by the sha256 of their model files."""
-        return {sha256: opened.runner for sha256, opened in self._openings.values().items()}
+    def loaded(self) -> dict[str, OpenRunner]:
+        """What runs the engines that are open, by the sha256 of their model files."""
+        return {sha256: model.runner for sha256, model in self.models().items()}
+
+    def models(self) -> dict[str, OpenModel]:
+        """The models that are open, by the sha256 of their files."""
+        found = self._residency.open_models()
+        return {str(sha256): model for sha256, model in found.items() if isinstance(model, OpenModel)}
 
     def clients(self) -> list[EngineClient]:
-        """Clients of the engines that are open."""
-        return [opened.client for opened in self._openings.values().values()]
-
-    async def close(self) -> None:
-        """Stop all engines."""
-        for opened in (await self._openings.close()).values():
-            await opened.runner.close()
+        """Clients of the engines that are open, for looking at them: these keep none open."""
+        layers = self._settings.home / LAYERS_FOLDER
+        return [EngineClient(opened.front, opened.runner, layers) for opened in self.models().values()]
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    client: EngineClient
-    runner: EngineRunner
+async def open_here(model: ModelToOpen) -> OpenModel:
+    """Open a model in this process."""
+    settings, limits = model.settings, limits_from(model.settings)
+    backend, packed = cast(Backend, settings.backend), settings.folder("packed")
+    steps = Supervised(patient=backend == "auto")
+    with _switching_soon():
+        file, native = await asyncio.to_thread(_look, model.path, backend, steps)
+        await model.make_room(needed_bytes(file, limits, native=native))
+        checked = None
+        if native and model.beside_others:
+            checked = await in_background(
+                partial(prepare_packed, model.path, model.sha256, packed, limits.quantisation)
+            )
+        parts = NativeParts(steps, packed, checked)
+        engine = await _finished(lambda: engine_of(file, backend, limits, model.name, parts))
+    runner = EngineRunner(engine, max_active=settings.max_concurrent_requests)
+    return OpenModel(front_end_of(engine, model.path, model.name), runner)
+
+
+def _look(path: Path, backend: Backend, steps: Supervised) -> tuple[ModelFile, bool]:
+    """A model file, and whether its engine will be the native one."""
+    if backend != "reference":
+        steps.prepare()
+    file = open_model_file(path)
+    return file, computes_natively(file, backend, steps)
+
+
+async def _finished(work: Callable[[], Engine]) -> Engine:
+    """What comes of work in a thread, which nothing stops: an engine that nobody waits for any more is closed."""
+    opening = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        (await opening).close()
+        raise
+
+
+_opening = 0
+_usual = sys.getswitchinterval()
+
+
+@contextmanager
+def _switching_soon() -> Iterator[None]:
+    """Threads that answer get the interpreter soon, although another one reads a model file."""
+    global _opening, _usual  # noqa: PLW0603 (one a process)
+    if not _opening:
+        _usual = sys.getswitchinterval()
+        sys.setswitchinterval(min(_usual, SWITCH_SECONDS))
+    _opening += 1
+    try:
+        yield
+    finally:
+        _opening -= 1
+        if not _opening:
+            sys.setswitchinterval(_usual)
 
 
 @asynccontextmanager
 async def open_engines(context: Context) -> AsyncIterator[EngineHost]:
     """Opener of the process' engines, for `Context.get`."""
-    host = EngineHost(await context.get(open_library), context.settings)
-    try:
-        yield host
-    finally:
-        await host.close()
+    yield EngineHost(await context.get(open_library), context.settings, await context.get(open_residency))

@@ -175,7 +175,7 @@ class EngineRunner:
             raise _stopped()
         return await done
 
-    def stats(self) -> EngineStats:
+    async def stats(self) -> EngineStats:
         """A snapshot; taken while the engine steps, its numbers may be one step apart."""
         engine = self.engine
         return EngineStats(

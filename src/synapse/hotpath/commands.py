@@ -25,7 +25,7 @@ from synapse.store import Store, open_store
 
 MODULES = (
     "synapse.vectors.index",
-    "synapse.engines.native.transformer",
+    "synapse.engines.native.steps",
     "synapse.engines.native.linear",
     "synapse.callosum.router.native",
 )

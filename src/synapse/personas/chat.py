@@ -37,6 +37,7 @@ class Turn:
     """An answer that can be generated.
 
     Attributes:
+        client: of the engine, which stays open until the client is closed or dropped; `run_turn` closes it.
         request: what the engine is asked; change it with `dataclasses.replace` for other seeds of the same prompt.
         news: publishes how the turn ends; `run_turn` tells it, and whoever runs the request without that.
         left_out: messages that were too old to fit the context.
@@ -188,6 +189,7 @@ async def run_turn(turn: Turn) -> AsyncGenerator[ChatEvent]:
         raise
     finally:
         turn.news.cancelled()  # unless something else was told
+        turn.client.close()
 
 
 def _finished(event: Finished, seconds: float) -> TurnFinished:

@@ -114,7 +114,7 @@ async def load_default_model(state: ServerState) -> None:
     try:
         await state.context.get(open_hotpaths)
         engines = await state.context.get(open_models)
-        await engines.get(state.context.settings.default_model)
+        (await engines.get(state.context.settings.default_model)).close()
     except SynapseError as error:
         state.loading = f"the default model cannot be loaded: {error.message}"
         log.error("the default model cannot be loaded", reason=error.message, hint=error.hint)  # noqa: TRY400

@@ -21,11 +21,12 @@ from support.native_engine import (
     tiny_adapter,
     tiny_native,
 )
-from synapse.engines.native import transformer
+from synapse.engines.native import steps
 from synapse.engines.native.cache import HalfCache
 from synapse.engines.native.kernel import agrees
 from synapse.engines.native.layers import pack_layer
 from synapse.engines.native.model import NativeModel
+from synapse.engines.native.steps import Supervised
 from synapse.engines.native.transformer import NativeTransformer
 from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.errors import Unavailable
@@ -58,11 +59,11 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., HotPath[..., Any]]:
     """Puts a hot path that nobody supervises in the place of the engine's."""
 
     def tie(kernel: Kernel, *, compare: float = 0.0, good: Callable[..., bool] = agrees) -> HotPath[..., Any]:
-        own = transformer.PATHS["engine"]
+        own = steps.PATHS["engine"]
         made = HotPath("engine", own.reference, own.native, good)
         made.decide(Decision(kernel, BUCKETS, compare, [0] * SLOTS, 1, None, "full"))
-        monkeypatch.setattr(transformer, "forward", made.call)
-        monkeypatch.setattr(transformer, "PATHS", {"engine": made})
+        monkeypatch.setattr(steps, "forward", made.call)
+        monkeypatch.setattr(steps, "PATHS", {"engine": made})
         return made
 
     return tie
@@ -70,7 +71,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., HotPath[..., Any]]:
 
 def through(model: NativeModel, cache: HalfCache) -> Logits:
     """The logits of a sequence with a layer, step by step, as an engine asks for them."""
-    native = NativeTransformer(model, "float16")
+    native = NativeTransformer(model, Supervised(), "float16")
     stack = ((pack_layer(tiny_adapter(model.packed.config, rank=6, size=0.3), 2), 1.0),)
     return feed(native.forward, cache, pieces(some_tokens(model.packed.config, 56), [1, 0], SIZES, stack))[0]
 
@@ -121,7 +122,7 @@ def test_a_kernel_found_wrong_leaves_the_keys_and_values_of_the_reference(
 def test_a_step_after_closing_is_refused_whoever_would_answer(path: Callable[..., HotPath[..., Any]]) -> None:
     path(Kernel())
     model = tiny_native(threads=2)
-    native, sequence = NativeTransformer(model), pieces(some_tokens(model.packed.config, 4), [0])
+    native, sequence = NativeTransformer(model, Supervised()), pieces(some_tokens(model.packed.config, 4), [0])
     cache = native.new_cache(1)
     feed(native.forward, cache, sequence)
     native.close()

@@ -19,6 +19,7 @@ from synapse.cli.text import left_out_notice, read_stdin, style_of, tell, tell_e
 from synapse.commands import Context, Progress
 from synapse.config import load_settings
 from synapse.daemon.host import open_models
+from synapse.engines import EngineClient
 from synapse.errors import InvalidInput, TooLarge
 from synapse.models.library import open_library
 from synapse.personas.base_model import ensure_base_model
@@ -84,9 +85,10 @@ def run_chat(request: ChatRequest) -> None:
             context = runner.run(open_now.enter_async_context(Context(load_settings())))
             events = runner.run(open_now.enter_async_context(recording(context)))
             persona, conversation = runner.run(_opened(context, request))
-            runner.run(_warm_up(context, persona, progress))
+            client = runner.run(_warm_up(context, persona, progress))  # stays open: at the prompt no timer runs
             progress.close()
             ChatSession(runner, context, events, persona, conversation, sampling=request.sampling).run()
+            client.close()
         finally:
             runner.run(open_now.aclose())
 
@@ -118,7 +120,7 @@ async def _opened(context: Context, request: ChatRequest) -> tuple[Persona, Conv
     return persona, await latest_conversation(store, persona) if request.resume else None
 
 
-async def _warm_up(context: Context, persona: Persona, progress: Progress) -> None:
+async def _warm_up(context: Context, persona: Persona, progress: Progress) -> EngineClient:
     """Load the model before the first message is typed, so that the first answer is as quick as the others."""
     await ensure_base_model(context, persona.base_model, tell, progress)
     style = style_of(sys.stderr)
@@ -129,6 +131,7 @@ async def _warm_up(context: Context, persona: Persona, progress: Progress) -> No
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     tell_engine((await client.stats()).answering, context.settings.backend)
+    return client
 
 
 async def _one_answer(request: ChatRequest, message: str) -> None:

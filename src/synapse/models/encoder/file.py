@@ -7,6 +7,7 @@ are bounded, every claim of its files is checked against the others, and pickle 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from mmap import mmap
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class EncoderFile:
         folder: where it is.
         config: what it looks like.
         tokenizer: what turns texts into its token ids.
+        weight_bytes: memory of its weights in float32.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,6 +66,7 @@ class EncoderFile:
         self._data = _map_weights(folder)
         self._slots = _read_slots(self._data.memory)
         _check_shapes(self.config, self._slots)
+        self.weight_bytes = sum(4 * prod(shape) for shape in _expected_shapes(self.config).values())
         self.tokenizer: EncoderTokenizer = load_encoder_tokenizer(folder, self.config)
 
     def embedding(self, which: str) -> NDArray[np.float32]:

@@ -71,12 +71,14 @@ async def _encode(state: ServerState, body: EmbeddingsBody) -> Embeddings:
     """
     if body.model not in await list_encoders(state.context):
         raise UnknownModel(f"there is no encoder {body.model[:200]!r}", hint="GET /v1/models lists them", param="model")
-    runner = await (await state.context.get(open_encoders)).get(body.model)
-    if body.dimensions not in (None, runner.encoder.dimensions):
-        raise BadField(f"{body.model} makes vectors of {runner.encoder.dimensions} numbers", param="dimensions")
     seconds = state.context.settings.request_timeout
     try:
-        async with asyncio.timeout(seconds):
+        async with (
+            asyncio.timeout(seconds),
+            (await state.context.get(open_encoders)).use(body.model) as runner,
+        ):
+            if body.dimensions not in (None, runner.encoder.dimensions):
+                raise BadField(f"{body.model} makes vectors of {runner.encoder.dimensions} numbers", param="dimensions")
             return await runner.encode(body.texts)
     except TimeoutError as error:
         raise TimedOut(

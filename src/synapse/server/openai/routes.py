@@ -58,6 +58,7 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     async with AsyncExitStack() as resources:
         resources.enter_context(state.slots.take(body.choices))
         prepared = await _prepared(request, prepare_chat(state.context, body), deadline)
+        resources.callback(prepared.client.close)
         shape = ChatShape(prepared.client.front.tokenizer, logprobs=body.alternatives is not None)
         frame = chat_frame(body.model)
         return await _answer(request, body, prepared, shape=shape, frame=frame, deadline=deadline, resources=resources)
@@ -72,6 +73,7 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
     async with AsyncExitStack() as resources:
         resources.enter_context(state.slots.take(count))
         prepared = await _prepared(request, prepare_completions(state.context, body), deadline)
+        resources.callback(prepared.client.close)
         shape = CompletionShape(prepared.client.front.tokenizer, logprobs=body.logprobs is not None, count=count)
         frame = completion_frame(body.model)
         return await _answer(request, body, prepared, shape=shape, frame=frame, deadline=deadline, resources=resources)

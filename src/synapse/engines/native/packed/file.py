@@ -32,14 +32,14 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from synapse.engines.native.packed.model import ALIGNMENT, PackedModel, Quantisation, Slot, TensorKind
+from synapse.engines.native.packed.model import ALIGNMENT, Checked, PackedModel, Quantisation, Slot, TensorKind
 from synapse.engines.native.packed.packing import FOUR_BIT, Kind, pack_matrix, packed_bytes
 from synapse.engines.native.packed.quantising import HINT
 from synapse.errors import Corrupt, Unavailable
 from synapse.kernels.mapped_file import MappedFile
 from synapse.log import Logger
 from synapse.models.errors import ModelFileCorrupt
-from synapse.models.gguf_file import ModelFile
+from synapse.models.gguf_file import ModelFile, open_model_file
 from synapse.models.pulling.transfer import DiskFull, disk_errors, flush, sha256_of
 
 __all__ = ["PackedFileDamaged", "PackedModel", "Quantisation", "open_packed"]
@@ -58,7 +58,26 @@ class PackedFileDamaged(Corrupt):
     code = "packed_file_damaged"
 
 
-def open_packed(file: ModelFile, sha256: str, folder: Path, quantisation: Quantisation = "auto") -> PackedModel:
+def packed_size(file: ModelFile, quantisation: Quantisation = "auto") -> int:
+    """Bytes of the tensors of a model file when they are packed."""
+    return _Layout(file, "", quantisation).payload_bytes
+
+
+def prepare_packed(path: Path, sha256: str, folder: Path, quantisation: Quantisation = "auto") -> Checked:
+    """As `open_packed`, for another process to open without checking it again."""
+    packed = open_packed(open_model_file(path), sha256, folder, quantisation)
+    packed.close()
+    assert packed.checked is not None  # noqa: S101 (it was opened from a file)
+    return packed.checked
+
+
+def open_packed(
+    file: ModelFile,
+    sha256: str,
+    folder: Path,
+    quantisation: Quantisation = "auto",
+    checked: Checked | None = None,
+) -> PackedModel:
     """The packed form of a model file, made first if it is not in `folder`, or not sound there.
 
     Processes that start at once make it once. What a process leaves that dies while it writes is written over.
@@ -66,6 +85,8 @@ def open_packed(file: ModelFile, sha256: str, folder: Path, quantisation: Quanti
     Args:
         sha256: of the GGUF file, in hexadecimal; see `source_sha256`.
         folder: where packed models are.
+        checked: what `prepare_packed` returned in another process. As long as the file still looks so, its bytes need
+            not be read again.
 
     Raises:
         ModelFileCorrupt: a weight is not finite, or the file does not have that sha256 (which is only looked at when
@@ -76,7 +97,7 @@ def open_packed(file: ModelFile, sha256: str, folder: Path, quantisation: Quanti
     layout = _Layout(file, sha256, quantisation)
     path = folder / f"{sha256}-{quantisation}-v{VERSION}.pack"
     with suppress(FileNotFoundError, PackedFileDamaged):
-        return layout.open(path)
+        return layout.open(path, checked)
     with _disk_errors(folder):
         lock = folder / ".locks" / f"{path.name}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -92,18 +113,22 @@ def open_packed(file: ModelFile, sha256: str, folder: Path, quantisation: Quanti
 
 
 class _Layout:
-    """What the packed form of a model file has to be, to the byte, but for the weights."""
+    """What the packed form of a model file has to be, to the byte, but for the weights.
+
+    Attributes:
+        payload_bytes: of all tensors.
+    """
 
     def __init__(self, file: ModelFile, sha256: str, quantisation: Quantisation) -> None:
         self._file = file
         self._sha256 = sha256
         self._quantisation = quantisation
         self._slots: dict[str, Slot] = {}
-        self._payload_bytes = 0
+        self.payload_bytes = 0
         for name, shape in file.shapes.items():
             kind, size = self._store(name, shape)
-            self._slots[name] = Slot(kind, shape, self._payload_bytes, size)
-            self._payload_bytes += size + -size % ALIGNMENT
+            self._slots[name] = Slot(kind, shape, self.payload_bytes, size)
+            self.payload_bytes += size + -size % ALIGNMENT
 
     def _store(self, name: str, shape: tuple[int, ...]) -> tuple[TensorKind, int]:
         if len(shape) == 1:
@@ -123,27 +148,27 @@ class _Layout:
                 "source": self._sha256,
                 "quantisation": self._quantisation,
                 "payload_sha256": payload_sha256,
-                "payload_bytes": self._payload_bytes,
+                "payload_bytes": self.payload_bytes,
                 "tensors": {name: asdict(slot) for name, slot in self._slots.items()},
             }
         ).encode()
         front = MAGIC + len(header).to_bytes(8, "little") + header
         return front + bytes(-len(front) % PAGE)
 
-    def open(self, path: Path) -> PackedModel:
-        """Map a file and check every byte of it.
+    def open(self, path: Path, checked: Checked | None = None) -> PackedModel:
+        """Map a file and check every byte of it, unless that was done since it was made.
 
         Raises:
             FileNotFoundError: there is none.
             PackedFileDamaged: it is not what it has to be, or cannot be read.
         """
         start = len(self.front("0" * 64))
-        expected = start + self._payload_bytes
+        expected = start + self.payload_bytes
         try:
             with path.open("rb") as opened:
-                size = os.fstat(opened.fileno()).st_size
-                if size != expected:
-                    raise PackedFileDamaged(f"{path} must have {expected} bytes, but has {size}")
+                stat = os.fstat(opened.fileno())
+                if stat.st_size != expected:
+                    raise PackedFileDamaged(f"{path} must have {expected} bytes, but has {stat.st_size}")
                 mapped = MappedFile(opened)
         except FileNotFoundError:
             raise
@@ -151,9 +176,12 @@ class _Layout:
             raise PackedFileDamaged(f"{path} cannot be read: {error.strerror}") from error
         content = np.frombuffer(mapped.memory, np.uint8)
         payload = content[start:]
-        if content[:start].tobytes() != self.front(hashlib.sha256(payload.data).hexdigest()):
+        look = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if checked is None or checked.look != look:
+            checked = Checked(hashlib.sha256(payload.data).hexdigest(), look)
+        if content[:start].tobytes() != self.front(checked.payload_sha256):
             raise PackedFileDamaged(f"{path} is not as it was written")
-        return PackedModel(self._file.config, self._quantisation, self._slots, payload, mapped)
+        return PackedModel(self._file.config, self._quantisation, self._slots, payload, mapped, checked=checked)
 
     def make(self, path: Path) -> None:
         """Write the file, in one step for whoever looks at it."""

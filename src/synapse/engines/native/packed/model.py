@@ -32,6 +32,19 @@ class Slot:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A packed file that was found to be sound, and what it looked like then.
+
+    Attributes:
+        payload_sha256: of its payload, in hexadecimal.
+        look: device, inode, size, and times of change in nanoseconds.
+    """
+
+    payload_sha256: str
+    look: tuple[int, ...]
+
+
 class PackedModel:
     """An open packed model. Read-only, and safe to use from several threads.
 
@@ -39,6 +52,7 @@ class PackedModel:
         config: what the model looks like.
         quantisation: how it was packed.
         bytes: of all its tensors, as they lie in memory.
+        checked: the file that it was opened from.
     """
 
     def __init__(
@@ -48,12 +62,15 @@ class PackedModel:
         slots: dict[str, Slot],
         payload: NDArray[np.uint8],
         file: MappedFile | None = None,
+        *,
+        checked: Checked | None = None,
     ) -> None:
         self.config = config
         self.quantisation = quantisation
         self.bytes = len(payload)
         self._slots = slots
         self._payload: NDArray[np.uint8] | None = payload
+        self.checked = checked
         self._file = file
 
     @classmethod

@@ -32,31 +32,54 @@ class _Seen(BaseModel):
 
 
 def source_sha256(path: Path, folder: Path) -> str:
-    """The sha256 of a GGUF file, in hexadecimal.
-
-    It is taken from the file's record in the library, or from what was noted in `folder` when the same path had the
-    same size and time of change; otherwise the file is read, and the result noted.
+    """The sha256 of a GGUF file, in hexadecimal. A file whose sha256 is not known is read, and the result noted.
 
     Raises:
         NotFound: the file cannot be read.
     """
     path = path.absolute()
+    known = known_sha256(path, folder)
+    if known is not None:
+        return known
     try:
         before = path.stat()
-        recorded = _recorded(path, before)
-        if recorded is not None:
-            return recorded
-        note = folder / "sources" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
-        seen = _noted(note)
-        if seen is not None and (seen.path, seen.size, seen.mtime_ns) == _look(path, before):
-            return seen.sha256
         sha256 = sha256_of(path)
         after = path.stat()
     except OSError as error:
-        raise NotFound(f"cannot read the model file {path}: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     if _look(path, before) == _look(path, after):  # otherwise somebody is writing it at this moment
-        _write(note, _Seen(path=str(path), size=after.st_size, mtime_ns=after.st_mtime_ns, sha256=sha256))
+        seen = _Seen(path=str(path), size=after.st_size, mtime_ns=after.st_mtime_ns, sha256=sha256)
+        _write(_note(path, folder), seen)
     return sha256
+
+
+def known_sha256(path: Path, folder: Path) -> str | None:
+    """The sha256 of a GGUF file, without reading the file; None when it is not known.
+
+    It is taken from the file's record in the library, or from what was noted in `folder` when the same path had the
+    same size and time of change.
+
+    Raises:
+        NotFound: there is no such file.
+    """
+    path = path.absolute()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    recorded = _recorded(path, stat)
+    if recorded is not None:
+        return recorded
+    seen = _noted(_note(path, folder))
+    return seen.sha256 if seen is not None and (seen.path, seen.size, seen.mtime_ns) == _look(path, stat) else None
+
+
+def _unreadable(path: Path, error: OSError) -> NotFound:
+    return NotFound(f"cannot read the model file {path}: {error.strerror}")
+
+
+def _note(path: Path, folder: Path) -> Path:
+    return folder / "sources" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
 
 
 def _look(path: Path, stat: os.stat_result) -> tuple[str, int, int]:
