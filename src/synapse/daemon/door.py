@@ -13,7 +13,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from synapse import __version__
 from synapse.commands import Call, Context, find_command
@@ -21,7 +21,6 @@ from synapse.config import Settings
 from synapse.daemon.calls import Answerer, Caller
 from synapse.engines.client import EngineClient
 from synapse.engines.front_end import FrontEnd
-from synapse.engines.host import EngineHost
 from synapse.engines.request import Event, Request
 from synapse.engines.runner import EngineStats
 from synapse.errors import Conflict, NotFound, SynapseError, Unavailable
@@ -36,6 +35,12 @@ _CREDENTIALS = struct.Struct("3i")
 log = Logger(__name__)
 
 
+class Sources(Protocol):
+    """Where clients of models come from; see `synapse.daemon.host.Models`."""
+
+    async def get(self, model: str) -> EngineClient: ...
+
+
 class Opened(NamedTuple):
     """A model that the server has open for whoever asked; `number` is what they call it."""
 
@@ -46,7 +51,7 @@ class Opened(NamedTuple):
 class _Visit:
     """One process that is connected, and the models that are kept open for it."""
 
-    def __init__(self, context: Context, models: EngineHost) -> None:
+    def __init__(self, context: Context, models: Sources) -> None:
         self._context = context
         self._models = models
         self._clients: dict[int, EngineClient] = {}
@@ -108,7 +113,7 @@ class _Visit:
 
 
 @asynccontextmanager
-async def open_door(context: Context, models: EngineHost) -> AsyncIterator[None]:
+async def open_door(context: Context, models: Sources) -> AsyncIterator[None]:
     """Let other processes in, for as long as the block lasts.
 
     Raises:

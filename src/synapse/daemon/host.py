@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from synapse.commands import Context
 from synapse.config import Settings
@@ -58,6 +59,22 @@ async def open_in_workers(model: ModelToOpen) -> OpenModel:
     return OpenModel(front, supervisor)
 
 
+class Models(Protocol):
+    """Models, wherever they run."""
+
+    async def get(self, model: str) -> EngineClient:
+        """A client of a model's engine; see `EngineHost.get`."""
+        ...
+
+    def clients(self) -> list[EngineClient]:
+        """Clients of the engines that this process has open; see `EngineHost.clients`."""
+        ...
+
+    def models(self) -> dict[str, OpenModel]:
+        """The models that this process has open; see `EngineHost.models`."""
+        ...
+
+
 class SharedHost:
     """The models of the server of this home while one runs; otherwise, and from then on, those of this process."""
 
@@ -79,11 +96,11 @@ class SharedHost:
         return await self._here.get(model)
 
     def clients(self) -> list[EngineClient]:
-        """Clients of the engines that are open in this process; see `EngineHost.clients`."""
+        """As `Models.clients`."""
         return self._here.clients() if self._here is not None else []
 
     def models(self) -> dict[str, OpenModel]:
-        """The models that are open in this process; see `EngineHost.models`."""
+        """As `Models.models`."""
         return self._here.models() if self._here is not None else {}
 
     async def _running(self) -> Caller | None:
@@ -127,7 +144,7 @@ def for_a_server(settings: Settings) -> Settings:
 
 
 @asynccontextmanager
-async def open_models(context: Context) -> AsyncIterator[EngineHost | SharedHost]:
+async def open_models(context: Context) -> AsyncIterator[Models]:
     """Opener of the models that this process uses, for `Context.get`."""
     pool = context.settings.daemon.pool
     if pool == "here":
