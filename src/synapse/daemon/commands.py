@@ -18,7 +18,7 @@ from synapse.daemon.supervisor import Supervisor
 from synapse.engines.client import EngineClient
 from synapse.engines.host import OpenModel
 from synapse.engines.residency import open_residency
-from synapse.errors import NotFound
+from synapse.errors import NotFound, Unavailable
 
 
 class GetEngineStats(BaseModel):
@@ -93,7 +93,7 @@ class DaemonState(BaseModel):
     workers: int = Field(description="worker processes")
     active: int = Field(description="answers being generated or waited for")
     memory_bytes: int = Field(description="memory that the open models may come to take")
-    memory_limit: int = Field(description="memory that all models may take together")
+    limit_bytes: int = Field(description="memory that all models may take together")
 
 
 class ModelRow(BaseModel):
@@ -106,7 +106,7 @@ class ModelRow(BaseModel):
     running: int = Field(description="sequences that share the current steps")
     layers: int = Field(description="LoRA layers in memory")
     memory_bytes: int = Field(description="memory that it may come to take")
-    unloads: float | None = Field(description="seconds until it leaves memory if nobody asks; null while it is in use")
+    unloads_in: float | None = Field(description="seconds until it leaves memory if nobody asks; null while it is in use")
 
 
 class ModelRows(BaseModel):
@@ -160,7 +160,7 @@ async def daemon_status(params: Nothing, context: Context) -> DaemonState:
         workers=sum(len(one.workers) for one in _supervisors(models)),
         active=sum([(await model.runner.stats()).active for model in models.values()]),
         memory_bytes=residency.bytes,
-        memory_limit=residency.limit,
+        limit_bytes=residency.limit,
     )
 
 
@@ -179,7 +179,7 @@ async def daemon_models(params: Nothing, context: Context) -> ModelRows:
                 running=stats.running,
                 layers=len(stats.layers),
                 memory_bytes=residency.bytes_of(sha256),
-                unloads=residency.seconds_left(sha256),
+                unloads_in=residency.seconds_left(sha256),
             )
         )
     return ModelRows(items=rows)
@@ -228,8 +228,9 @@ async def drain_worker(params: OneWorker, context: Context) -> WorkerRow:
 
 
 async def _models(context: Context) -> dict[str, OpenModel]:
-    host = await context.get(open_models)
-    return host.models()
+    if context.settings.daemon.pool == "auto":  # this is no server
+        raise Unavailable("no server of this home is running", hint="`synapse up --detach` starts one")
+    return (await context.get(open_models)).models()
 
 
 def _supervisors(models: Mapping[str, OpenModel]) -> list[Supervisor]:

@@ -10,8 +10,9 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,6 +42,19 @@ class Sources(Protocol):
     async def get(self, model: str) -> EngineClient: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What can be asked of the server itself.
+
+    Attributes:
+        about: what it tells a person who starts it, once it is ready.
+        stop: has it stop when the answers in progress are done.
+    """
+
+    about: Callable[[], Awaitable[str]]
+    stop: Callable[[], None]
+
+
 class Opened(NamedTuple):
     """A model that the server has open for whoever asked; `number` is what they call it."""
 
@@ -51,13 +65,16 @@ class Opened(NamedTuple):
 class _Visit:
     """One process that is connected, and the models that are kept open for it."""
 
-    def __init__(self, context: Context, models: Sources) -> None:
+    def __init__(self, context: Context, models: Sources, control: Control) -> None:
         self._context = context
         self._models = models
+        self._control = control
         self._clients: dict[int, EngineClient] = {}
         self.answerer = Answerer(
             {
                 "version": self.version,
+                "about": self.about,
+                "stop": self.stop,
                 "open": self.open,
                 "close": self.close,
                 "cancel": self.cancel,
@@ -70,6 +87,14 @@ class _Visit:
 
     async def version(self) -> str:
         return __version__
+
+    async def about(self) -> str:
+        return await self._control.about()
+
+    async def stop(self) -> int:
+        """Have the server stop; returns its process id."""
+        self._control.stop()
+        return os.getpid()
 
     async def open(self, model: str) -> Opened:
         client = await self._models.get(model)
@@ -113,7 +138,7 @@ class _Visit:
 
 
 @asynccontextmanager
-async def open_door(context: Context, models: Sources) -> AsyncIterator[None]:
+async def open_door(context: Context, models: Sources, control: Control) -> AsyncIterator[None]:
     """Let other processes in, for as long as the block lasts.
 
     Raises:
@@ -125,7 +150,7 @@ async def open_door(context: Context, models: Sources) -> AsyncIterator[None]:
     visits: set[asyncio.Task[None]] = set()
 
     async def receive(end: socket.socket) -> None:
-        visit = _Visit(context, models)
+        visit = _Visit(context, models, control)
         try:
             await visit.answerer.connect(end)
             await visit.answerer.lost

@@ -196,7 +196,12 @@ class Supervisor:
                 await worker.caller.ask("cancel", request_id)
 
     async def load_layer(self, path: Path) -> str:
-        """As `EngineRunner.load_layer`, in one of the workers; the others load it when they need it."""
+        """As `EngineRunner.load_layer`, in one of the workers; the others load it when they need it.
+
+        The folder of a layer is called by its sha256 and never changes, so it is looked at once.
+        """
+        if self._paths.get(path.name) == path and path.is_dir():  # noqa: ASYNC240 (one look)
+            return path.name
         while True:
             worker = await self._choose(None)
             try:

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from synapse.commands import Context
 from synapse.config import Settings
-from synapse.daemon.door import open_door
+from synapse.daemon.door import Control, open_door
 from synapse.daemon.host import for_a_server, open_models
 from synapse.engines import EngineClient
 from synapse.errors import Conflict, Forbidden, InvalidInput, Unavailable
@@ -103,14 +103,20 @@ async def _serve(settings: Settings) -> None:
         server = make_server(create_app(context))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         engines = await context.get(open_models)
-        await context.get(_open_door)
         loading = asyncio.create_task(engines.get(settings.default_model))
+
+        async def about() -> str:
+            await asyncio.shield(loading)
+            return await greeting(context, listener)
+
         try:
-            await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                client = await loading  # keeps it open while it is spoken of
-                print(await greeting(context, listener), flush=True)
-                client.close()
+            async with _door(context, Control(about, server.stop)):
+                await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+                if loading.done():
+                    client = await loading  # keeps it open while it is spoken of
+                    print(await greeting(context, listener), flush=True)
+                    client.close()
+                await asyncio.wait({serving})
         except BaseException:
             server.stop()
             raise
@@ -119,11 +125,11 @@ async def _serve(settings: Settings) -> None:
 
 
 @asynccontextmanager
-async def _open_door(context: Context) -> AsyncIterator[None]:
+async def _door(context: Context, control: Control) -> AsyncIterator[None]:
     """Other processes of this home use the models of this one. Where that cannot be, they open their own."""
     async with AsyncExitStack() as stack:
         try:
-            await stack.enter_async_context(open_door(context, await context.get(open_models)))
+            await stack.enter_async_context(open_door(context, await context.get(open_models), control))
         except (Conflict, Unavailable) as error:
             log.warning("other processes of this home open models of their own", reason=error.message, hint=error.hint)
         yield
