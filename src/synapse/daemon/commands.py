@@ -106,7 +106,7 @@ class ModelRow(BaseModel):
     running: int = Field(description="sequences that share the current steps")
     layers: int = Field(description="LoRA layers in memory")
     memory_bytes: int = Field(description="memory that it may come to take")
-    unloads_in: float | None = Field(description="seconds until it leaves memory if nobody asks; null while it is in use")
+    unloads_in: float | None = Field(description="seconds until it leaves memory if nobody asks; null when in use")
 
 
 class ModelRows(BaseModel):

@@ -21,6 +21,8 @@ from synapse.daemon.calls import Caller
 from synapse.daemon.worker import Beat, Start
 from synapse.engines.runner import EngineStats
 from synapse.errors import Unavailable
+from synapse.hotpath.guard.flight_recorder import forgive
+from synapse.hotpath.rollout.watch import FOLDER as FLIGHTS
 from synapse.kernels.child import FAULTS
 from synapse.log import Logger
 
@@ -32,6 +34,8 @@ SILENT_SECONDS = 8.0
 HUNG_SECONDS = 60.0
 """So long a step may take. The longest computes some hundred tokens of a prompt."""
 WATCH_SECONDS = 1.0
+LATE_SECONDS = 3.0
+"""Looking so long after the look before, this process knows that it has missed what a worker said."""
 STOPPING_SECONDS = 5.0
 """How long a worker that is told to end may take."""
 CUT_SECONDS = 1.0
@@ -53,10 +57,12 @@ class Death:
     Attributes:
         own: whether what it computed may have caused it; a SIGKILL from outside, for one, blames no request.
         reason: for people.
+        blameless: whether it is certain that no kernel has caused it.
     """
 
     own: bool
     reason: str
+    blameless: bool = True
 
 
 class WorkerProcess:
@@ -86,7 +92,7 @@ class WorkerProcess:
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
         self._beat = Beat(0, busy=False)
-        self._heard = self._progressed = time.monotonic()
+        self._heard = self._progressed = self._looked = time.monotonic()
         self._killed: Death | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -135,9 +141,9 @@ class WorkerProcess:
                 self.stats = await self.caller.ask("stats")
         return self.stats
 
-    def kill(self, reason: str, *, own: bool = False) -> None:
-        """End the process at once."""
-        self._killed = self._killed or Death(own, reason)
+    def kill(self, reason: str, *, own: bool = False, blameless: bool = True) -> None:
+        """End the process at once. The reason and the rest are as in `Death`."""
+        self._killed = self._killed or Death(own, reason, blameless)
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
@@ -186,18 +192,23 @@ class WorkerProcess:
         self._end(self._killed or _death(process.returncode))
 
     def _judge(self) -> None:
-        now = time.monotonic()
+        now, before = time.monotonic(), self._looked
+        self._looked = now
+        if now - before > LATE_SECONDS:  # it is this process that was held up, or the machine slept
+            self._heard = self._progressed = now
         if self.state == "starting":
             return
         if now - self._heard > SILENT_SECONDS:
             self.kill(f"it said nothing for {SILENT_SECONDS:g} seconds")
         elif now - self._progressed > HUNG_SECONDS:
-            self.kill(f"a step took more than {HUNG_SECONDS:g} seconds", own=True)
+            self.kill(f"a step took more than {HUNG_SECONDS:g} seconds", own=True, blameless=False)
         elif (used := self.memory()) > (most := self._memory_bytes):
             self.kill(f"it took {used / 2**20:,.0f} MB of memory, and may take {most / 2**20:,.0f}", own=True)
 
     def _end(self, death: Death) -> None:
         self.state = "ended"
+        if death.blameless and self.pid is not None:
+            forgive(self._start.settings.home / FLIGHTS, self.pid)
         self.caller.close()
         if not self.ended.done():
             self.ended.set_result(death)
@@ -207,7 +218,8 @@ def _death(code: int) -> Death:
     """What an exit code says."""
     if code < 0:
         number = signal.Signals(-code)
-        return Death(number in FAULTS, f"it was ended by {number.name}")
+        fault = number in FAULTS
+        return Death(fault, f"it was ended by {number.name}", blameless=not fault)
     if code > 0:
-        return Death(own=True, reason=f"it ended with the exit code {code}")
+        return Death(own=True, reason=f"it ended with the exit code {code}", blameless=False)
     return Death(own=False, reason="it ended by itself")
