@@ -29,7 +29,7 @@ from synapse.personas.conversation_commands import (
     list_conversations,
     show_conversation,
 )
-from synapse.personas.conversations import start_conversation
+from synapse.personas.conversations import new_conversation
 from synapse.personas.entities import Message, Persona
 from synapse.personas.talking import say
 from synapse.store import Duplicate, Store
@@ -143,7 +143,7 @@ async def test_deleting_takes_the_persona_and_the_genome_made_for_it(
 
 
 async def test_conversations_are_only_deleted_when_asked(context: Context, store: Store, persona: Persona) -> None:
-    conversation = await start_conversation(store, persona, "hello")
+    conversation = await store.create(new_conversation(persona, "hello"))
     async for _ in say(context, persona, conversation, "hello"):
         pass
     with pytest.raises(Conflict, match="pip has had a conversation"):
@@ -154,8 +154,8 @@ async def test_conversations_are_only_deleted_when_asked(context: Context, store
 
 async def test_conversations_are_listed_shown_and_deleted(context: Context, store: Store, persona: Persona) -> None:
     other = await store.create(Persona(name="other", base_model="tiny"))
-    await start_conversation(store, other, "elsewhere")
-    conversation = await start_conversation(store, persona, "hello")
+    await store.create(new_conversation(other, "elsewhere"))
+    conversation = await store.create(new_conversation(persona, "hello"))
     async for _ in say(context, persona, conversation, "hello"):
         pass
     rows = (await list_conversations(ListConversations(), context)).items

@@ -15,7 +15,7 @@ from synapse.errors import InvalidInput, NotFound, TooLarge
 from synapse.models.chat_template import Message as ChatMessage
 from synapse.personas import talking
 from synapse.personas.chat import TextDelta, TurnFinished, TurnOptions, prepare_turn
-from synapse.personas.conversations import conversation_of, latest_conversation, messages_of, start_conversation
+from synapse.personas.conversations import conversation_of, latest_conversation, messages_of, new_conversation
 from synapse.personas.entities import MAX_MESSAGE_LENGTH, Conversation, Message, Persona
 from synapse.personas.talking import TurnStarted, say
 from synapse.store import Store
@@ -23,7 +23,7 @@ from synapse.store import Store
 
 @pytest.fixture
 async def conversation(store: Store, persona: Persona) -> Conversation:
-    return await start_conversation(store, persona, "first words")
+    return await store.create(new_conversation(persona, "first words"))
 
 
 def spoken(messages: list[Message]) -> list[tuple[int, str, str | None]]:
@@ -174,13 +174,20 @@ async def test_two_chats_in_one_conversation_take_turns(
         ("x" * 5000, ContextOverflow),
     ],
 )
-async def test_a_message_that_is_refused_is_not_kept(
-    context: Context, store: Store, persona: Persona, conversation: Conversation, text: str, error: type[Exception]
+async def test_a_message_that_is_refused_is_not_kept_nor_the_conversation_it_would_have_begun(
+    context: Context, store: Store, persona: Persona, text: str, error: type[Exception]
 ) -> None:
+    conversation = new_conversation(persona, "first words")
     with pytest.raises(error):
         async for _ in say(context, persona, conversation, text):
             pass
-    assert await messages_of(store, conversation.id) == []
+    assert (await store.list(Message), await store.list(Conversation)) == ([], [])
+    async for _ in say(context, persona, conversation, "hello"):
+        pass
+    with pytest.raises(error):
+        async for _ in say(context, persona, conversation, text):
+            pass
+    assert len(await messages_of(store, conversation.id)) == 2
 
 
 async def test_a_message_whose_answer_fails_stays(
@@ -204,8 +211,8 @@ async def test_an_answer_may_hold_a_nul_character(
 
 
 async def test_a_conversation_is_named_after_its_first_words(store: Store, persona: Persona) -> None:
-    assert (await start_conversation(store, persona, "  one\n two ")).title == "one two"
-    title = (await start_conversation(store, persona, "word " * 100)).title
+    assert (await store.create(new_conversation(persona, "  one\n two "))).title == "one two"
+    title = (await store.create(new_conversation(persona, "word " * 100))).title
     assert (len(title), title[-1]) == (60, "…")
 
 
@@ -214,8 +221,8 @@ async def test_the_latest_conversation_is_the_one_that_was_used_last(
 ) -> None:
     with pytest.raises(NotFound, match="no conversation yet"):
         await latest_conversation(store, persona)
-    first = await start_conversation(store, persona, "first")
-    second = await start_conversation(store, persona, "second")
+    first = await store.create(new_conversation(persona, "first"))
+    second = await store.create(new_conversation(persona, "second"))
     assert (await latest_conversation(store, persona)).id == second.id
     async for _ in say(context, persona, first, "again"):
         pass

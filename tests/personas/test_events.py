@@ -24,7 +24,7 @@ from synapse.personas.commands import (
     edit_persona,
     set_genome,
 )
-from synapse.personas.conversations import start_conversation
+from synapse.personas.conversations import new_conversation
 from synapse.personas.entities import Conversation, Persona
 from synapse.personas.events import FinishedTurn
 from synapse.personas.talking import say
@@ -41,7 +41,7 @@ def heard() -> Iterator[Heard]:
 
 @pytest.fixture
 async def conversation(store: Store, persona: Persona) -> Conversation:
-    return await start_conversation(store, persona, "first words")
+    return await store.create(new_conversation(persona, "first words"))
 
 
 async def test_a_persona_and_the_genome_made_for_it_are_told_when_they_come_change_and_go(

@@ -112,11 +112,21 @@ def test_revoking_works_with_the_next_request_and_never_opens_the_server(empty: 
         assert client.get("/v1/models").status_code == 401
 
 
-def test_the_first_key_can_be_undone(empty: Live) -> None:
+def test_the_last_key_is_removed_only_when_it_is_said_that_the_server_may_be_open(empty: Live) -> None:
     secret = make(empty, "only", "manage")
-    with empty.http() as client:
-        assert client.get("/v1/models").status_code == 401
-    empty.command("key/remove", secret, name="only")
+    with with_key(empty, secret) as client:
+        other = client.post("/v1/commands/key/create", json={"name": "other"}).json()["key"]
+        assert client.post("/v1/commands/key/revoke", json={"name": "other"}).status_code == 200
+        assert client.post("/v1/commands/key/remove", json={"name": "other"}).status_code == 200
+        refused = client.post("/v1/commands/key/remove", json={"name": "only"})
+        assert (refused.status_code, refused.json()["code"]) == (409, "last_key")
+        assert "lets every program on this machine in" in refused.json()["detail"]
+        assert "--force" in refused.json()["hint"]
+        assert client.get("/v1/models").status_code == 403  # the key still works, and may not chat
+    for wrong in (other, "syn-nothing"):
+        with with_key(empty, wrong) as client:
+            assert client.get("/v1/models").status_code == 401
+    empty.command("key/remove", secret, name="only", force=True)
     with empty.http() as client:
         assert client.get("/v1/models").status_code == 200
     assert make(empty, "only", "manage") != secret

@@ -61,14 +61,15 @@ def byte_level_reference(kind: str) -> tuple[PreTrainedTokenizerFast, tokenizers
     return PreTrainedTokenizerFast(tokenizer_object=backend), backend
 
 
-def write_byte_level(path: Path, kind: str, backend: tokenizers.Tokenizer) -> Path:
-    """The same vocabulary as a GGUF file."""
+def write_byte_level(path: Path, kind: str | None, backend: tokenizers.Tokenizer) -> Path:
+    """The same vocabulary as a GGUF file, which says nothing of words when there is no kind."""
     vocab, merges = _parts(backend)
     tokens = sorted(vocab, key=vocab.__getitem__)
 
     def write(writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(kind)
+        if kind is not None:
+            writer.add_tokenizer_pre(kind)
         writer.add_token_list(tokens)
         writer.add_token_types([gguf.TokenType.CONTROL if t in CONTROL else gguf.TokenType.NORMAL for t in tokens])
         writer.add_token_merges([" ".join(merge) for merge in merges])

@@ -19,9 +19,11 @@ from synapse.engines.request import (
     Finished,
     FinishReason,
     Grammar,
+    LayersOverflow,
     Request,
     Sampling,
     TokenLogprob,
+    layers_overflow,
 )
 from synapse.engines.runner import EngineRunner, EngineStats
 
@@ -44,10 +46,12 @@ __all__ = [
     "FrontEnd",
     "Grammar",
     "LayerNotLoaded",
+    "LayersOverflow",
     "Limits",
     "Request",
     "Sampling",
     "TokenLogprob",
+    "layers_overflow",
     "limits_from",
     "open_engine",
     "open_engines",

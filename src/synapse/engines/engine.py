@@ -33,11 +33,12 @@ from synapse.engines.request import (
     Grammar,
     Request,
     TokenLogprob,
+    layers_overflow,
 )
 from synapse.engines.sampling import choose, token_logprob
 from synapse.engines.scheduler import Scheduler, Work
 from synapse.engines.sequence import Reason, Sequence
-from synapse.errors import Conflict, Corrupt, InternalError, InvalidInput, SynapseError
+from synapse.errors import Conflict, InternalError, InvalidInput, SynapseError
 from synapse.log import Logger
 from synapse.models.chat_template import ChatTemplate
 from synapse.models.config import ModelConfig
@@ -521,9 +522,4 @@ def _not_finite(stack: Stack) -> SynapseError:
         return InternalError(
             "the model computed a number that is not finite", hint="pull the model again; its file may be damaged"
         )
-    layers = ", ".join(f"{layer.id[:12]} (weight {weight:g})" for layer, weight in stack)
-    return Corrupt(
-        f"the answer cannot be computed: with its layers the model's numbers overflow; they are {layers}",
-        hint="give the layers less weight, or leave them out one by one to find which; `synapse layer list` names them",
-        layers=[layer.id for layer, _ in stack],
-    )
+    return layers_overflow([(layer.id, weight) for layer, weight in stack])

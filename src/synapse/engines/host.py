@@ -30,6 +30,7 @@ from synapse.engines.runner import EngineRunner
 from synapse.models.adapters.files import LAYERS_FOLDER
 from synapse.models.gguf_file import ModelFile, open_model_file
 from synapse.models.library import ModelLibrary, open_library
+from synapse.models.record import pre_tokenizer_of
 
 T = TypeVar("T")
 
@@ -136,7 +137,8 @@ class EngineHost:
         """
         path = self._library.resolve(model)
         sha256 = await self._sha256(path)
-        lease = await self._residency.lease(sha256, path.parent.name, partial(self._open, path, sha256))
+        content = " ".join(filter(None, (sha256, pre_tokenizer_of(path))))
+        lease = await self._residency.lease(content, path.parent.name, partial(self._open, path, sha256, content))
         return EngineClient(lease.model.front, lease.model.runner, self._settings.home / LAYERS_FOLDER, lease)
 
     async def _sha256(self, path: Path) -> str:
@@ -147,23 +149,23 @@ class EngineHost:
         read = partial(source_sha256, path, folder)
         return await (in_background(read) if self._residency.open_models() else asyncio.to_thread(read))
 
-    async def _open(self, path: Path, sha256: str, make_room: MakeRoom) -> OpenModel:
+    async def _open(self, path: Path, sha256: str, content: str, make_room: MakeRoom) -> OpenModel:
         started = time.perf_counter()
         check_backend(cast(Backend, self._settings.backend))
-        to_open = ModelToOpen(path, sha256, self._settings, self._residency.others(sha256), make_room)
+        to_open = ModelToOpen(path, sha256, self._settings, self._residency.others(content), make_room)
         model = await self._opener(to_open)
         publish("engine.opened", EngineOpened(model=to_open.name, seconds=time.perf_counter() - started))
         return model
 
     @property
     def loaded(self) -> dict[str, OpenRunner]:
-        """What runs the engines that are open, by the sha256 of their model files."""
-        return {sha256: model.runner for sha256, model in self.models().items()}
+        """What runs the engines that are open, by what their models are of; see `models`."""
+        return {content: model.runner for content, model in self.models().items()}
 
     def models(self) -> dict[str, OpenModel]:
-        """The models that are open, by the sha256 of their files."""
+        """The models that are open, by the sha256 of their files and what their records say of tokenizers."""
         found = self._residency.open_models()
-        return {str(sha256): model for sha256, model in found.items() if isinstance(model, OpenModel)}
+        return {str(content): model for content, model in found.items() if isinstance(model, OpenModel)}
 
     def clients(self) -> list[EngineClient]:
         """Clients of the engines that are open, for looking at them: these keep none open."""

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from synapse.callosum.message import Tract
-from synapse.errors import TimedOut
+from synapse.errors import Corrupt, TimedOut
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_object", "json_schema", "regex"]
 HIGHEST_PRIORITY = 10
+NAMELESS: Mapping[str, str] = MappingProxyType({})
 
 
 class DeadlineExceeded(TimedOut):
     """The deadline of a request passed while it waited for its turn."""
 
     code = "deadline_exceeded"
+
+
+class LayersOverflow(Corrupt):
+    """With these layers the model's numbers overflow: `details["layers"]` has the id and the weight of each."""
+
+    code = "layers_overflow"
+
+
+def layers_overflow(stack: Sequence[tuple[str, float]], names: Mapping[str, str] = NAMELESS) -> LayersOverflow:
+    """The error about a stack of (layer id, weight); who knows the layers' names gives them by id."""
+    said = ", ".join(f"{names.get(layer_id, layer_id[:12])} (weight {weight:g})" for layer_id, weight in stack)
+    if len(stack) == 1:
+        what = f"the layer {said} makes the model's numbers overflow"
+        hint = "give it less weight; if that does not help it is damaged, or was trained for another model: remove it"
+    else:
+        what = f"together the layers {said} make the model's numbers overflow"
+        hint = "give them less weight, or leave them out one by one to find which it is"
+    return LayersOverflow(f"the answer cannot be computed: {what}", hint=hint, layers=[list(pair) for pair in stack])
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,9 @@ class PullModel(BaseModel):
         " hf:ORGANISATION/REPOSITORY or the path of a folder"
     )
     name: str | None = Field(None, description="what to call it; by default its file name, in lower case")
+    pre_tokenizer: str | None = Field(
+        None, description="how its text is cut into words, where its file does not say so: llama-bpe, qwen2, smollm, …"
+    )
 
 
 class ListModels(BaseModel):
@@ -63,6 +66,8 @@ class ModelInfo(BaseModel):
     licence: str
     source: str = Field(description="where it came from")
     size_bytes: int
+    pre_tokenizer: str | None = Field(None, description="how its text is cut into words before merging")
+    warning: str | None = Field(None, description="what is wrong with it, and what to do")
     files: list[ModelFileInfo]
 
 
@@ -99,9 +104,9 @@ class RemovedModel(BaseModel):
 
 @command("model/pull", permission="manage")
 async def pull_model(params: PullModel, context: Context, call: Call = IN_PROCESS) -> ModelInfo:
-    """Fetch a model, check it and keep it; nothing happens when it is here already."""
+    """Fetch a model, check it and keep it; of one that is here already, note what --pre-tokenizer says."""
     library = await context.get(open_library)
-    return _info(await library.pull(params.source, call.progress, name=params.name))
+    return _info(await library.pull(params.source, call.progress, name=params.name, pre_tokenizer=params.pre_tokenizer))
 
 
 @command("model/list", permission="read")
@@ -183,6 +188,7 @@ def _remove_packed(folder: Path, sources: list[str]) -> int:
 
 
 def _info(model: LibraryModel) -> ModelInfo:
+    pre_tokenizer, warning = _how_words_are_cut(model)
     return ModelInfo(
         name=model.name,
         kind=model.kind,
@@ -190,8 +196,23 @@ def _info(model: LibraryModel) -> ModelInfo:
         licence=model.licence,
         source=model.source,
         size_bytes=model.size_bytes,
+        pre_tokenizer=pre_tokenizer or None,
+        warning=warning,
         files=[
             ModelFileInfo(path=str(model.folder / file.name), sha256=file.sha256, size=file.size)
             for file in model.files
         ],
     )
+
+
+def _how_words_are_cut(model: LibraryModel) -> tuple[str, str | None]:
+    """The name of the rule, and a warning where nobody has said which. Records of old do not have it: the file may."""
+    if model.pre_tokenizer or model.kind != "chat":
+        return model.pre_tokenizer, None
+    from synapse.models.gguf_file import open_model_file  # noqa: PLC0415 (with numpy, which few models need here)
+    from synapse.models.pre_tokenizers import HOW_TO_SAY, UNSAID, pre_tokenizer_name  # noqa: PLC0415
+
+    metadata = open_model_file(model.path).metadata
+    name = pre_tokenizer_name(metadata)
+    unsaid = not name and metadata.get("tokenizer.ggml.model") == "gpt2"
+    return name, f"{UNSAID}; {HOW_TO_SAY}" if unsaid else None

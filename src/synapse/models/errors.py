@@ -15,3 +15,9 @@ class UnsupportedModel(InvalidInput):
     """The file is sound, but describes something that no engine here can run."""
 
     code = "unsupported_model"
+
+
+class PreTokenizerUnsaid(UnsupportedModel):
+    """Neither the file nor anybody else says how its text is cut into words."""
+
+    code = "pre_tokenizer_unsaid"

@@ -12,14 +12,15 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from synapse.callosum.publish.publishing import publish
 from synapse.commands import Context, Progress, no_progress
-from synapse.errors import Conflict, NotFound, SynapseError, Unavailable
-from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
+from synapse.errors import Conflict, InvalidInput, NotFound, SynapseError, Unavailable
+from synapse.models.errors import ModelFileCorrupt, PreTokenizerUnsaid, UnsupportedModel
 from synapse.models.events import ModelPulled, ModelRemoved
 from synapse.models.manifest import (
     MANIFESTS,
@@ -57,14 +58,22 @@ class ModelLibrary:
         self._progress = progress
         self._manifests = manifests
 
-    async def pull(self, source: str, progress: Progress | None = None, *, name: str | None = None) -> LibraryModel:
-        """Bring a model here; nothing happens when it is here already.
+    async def pull(
+        self,
+        source: str,
+        progress: Progress | None = None,
+        *,
+        name: str | None = None,
+        pre_tokenizer: str | None = None,
+    ) -> LibraryModel:
+        """Bring a model here; when it is here already, only what is said of its pre-tokenizer is noted.
 
         Args:
             source: a name of the manifest; ``hf:ORGANISATION/REPOSITORY/FILE.gguf`` or the path of a GGUF file; for an
                 encoder, ``hf:ORGANISATION/REPOSITORY`` or the path of a folder.
             progress: told the bytes so far.
             name: what to call it; with a name of the manifest, the files must be those that the manifest describes.
+            pre_tokenizer: how its text is cut into words, for a file that does not say so.
 
         Raises:
             ModelNotFound: `source` is none of these.
@@ -73,9 +82,12 @@ class ModelLibrary:
             DiskFull: there is no room. What was written is removed.
             Conflict: another model has that name.
             ModelFileCorrupt: what arrived is not what it should be.
-            UnsupportedModel: no engine here can run it.
+            UnsupportedModel: no engine here can run it, or nobody says how its text is cut into words.
+            InvalidInput: the pre-tokenizer is not known, or none for this model.
         """
-        manifest = self._wanted(source, name)
+        manifest = replace(self._wanted(source, name), pre_tokenizer=pre_tokenizer or "")
+        if manifest.pre_tokenizer and manifest.kind != "chat":
+            raise InvalidInput("only chat models have a pre-tokenizer to choose", hint="leave it out")
         transfer = Transfer(manifest.name, progress or self._progress)
         work = asyncio.get_running_loop().run_in_executor(None, self._pull, manifest, transfer)
         try:
@@ -209,8 +221,11 @@ class ModelLibrary:
         return wanted_from(place, name, self._manifests.get(name))
 
     def _pull(self, manifest: Manifest, transfer: Transfer) -> LibraryModel:
-        from synapse.models.pulling.installing import install  # noqa: PLC0415 (reading models takes numpy and tokenizers)
+        # Reading models takes numpy and tokenizers.
+        from synapse.models.pre_tokenizers import check_known  # noqa: PLC0415
+        from synapse.models.pulling.installing import install, say_pre_tokenizer  # noqa: PLC0415
 
+        check_known(manifest.pre_tokenizer)
         started = time.perf_counter()
         with disk_errors(self._folder), self._lock(manifest.name, transfer):
             try:
@@ -218,14 +233,17 @@ class ModelLibrary:
             except ModelFileCorrupt:
                 present = None  # pulling mends it
             if present is not None:
-                return same_model(present, manifest)
+                present = same_model(present, manifest)
+                if manifest.pre_tokenizer in ("", present.pre_tokenizer):
+                    return present
+                return say_pre_tokenizer(present, manifest.pre_tokenizer, self._partial(manifest.name))
             work = self._partial(manifest.name)
             try:
                 work.mkdir(parents=True, exist_ok=True)
                 model = install(manifest, work, self._folder / manifest.name, transfer)
             except BaseException as error:
-                # What an unreachable source or a stopped pull leaves is the beginning of the next attempt.
-                if not isinstance(error, Unavailable | Cancelled) or isinstance(error, DiskFull):
+                # What an unreachable source, a stopped pull or an open question leaves is where the next one begins.
+                if not isinstance(error, Unavailable | Cancelled | PreTokenizerUnsaid) or isinstance(error, DiskFull):
                     shutil.rmtree(work, ignore_errors=True)
                 raise
             shutil.rmtree(work)

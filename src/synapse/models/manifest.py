@@ -114,13 +114,18 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A model that can be pulled by its name alone."""
+    """A model that can be pulled: one of `MANIFESTS` by its name alone.
+
+    Attributes:
+        pre_tokenizer: how its text is cut into words, where somebody said so; the file may say it too.
+    """
 
     name: str
     description: str
     licence: str
     files: tuple[ManifestFile, ...]
     kind: ModelKind = "chat"
+    pre_tokenizer: str = ""
 
 
 SMOLLM2_135M = Manifest(

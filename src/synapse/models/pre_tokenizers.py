@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from tokenizers import Regex, normalizers, pre_tokenizers
+
+from synapse.errors import InvalidInput
+from synapse.models.errors import UnsupportedModel
 
 # The patterns are part of each model's definition and are published in its tokenizer.json.
 LLAMA3 = (
@@ -67,6 +72,50 @@ PRE_TOKENIZERS: dict[str, PreTokenizerRule] = {
     "tekken": PreTokenizerRule(TEKKEN, ignore_merges=True, add_bos=True),
 }
 """The rule of each name that llama.cpp writes into `tokenizer.ggml.pre`."""
+
+KEY = "tokenizer.ggml.pre"
+UNSAID = "the file does not say how its text is cut into words before merging (tokenizer.ggml.pre)"
+HOW_TO_SAY = (
+    "say which with `synapse model pull FILE --pre-tokenizer NAME`: llama-bpe for Llama 3, qwen2 for Qwen 2 to 3,"
+    " smollm for SmolLM2, tekken for Mistral NeMo, gpt-2 for GPT-2's own; or convert the model with a newer llama.cpp"
+)
+
+
+def check_known(said: str) -> None:
+    """Whether there is a rule of this name; empty is none.
+
+    Raises:
+        InvalidInput: there is not; the hint names the nearest.
+    """
+    if said and said not in PRE_TOKENIZERS:
+        near = difflib.get_close_matches(said.lower(), PRE_TOKENIZERS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? There are" if near else "there are"
+        raise InvalidInput(f"there is no pre-tokenizer {said[:40]!r}", hint=f"{hint} {', '.join(PRE_TOKENIZERS)}")
+
+
+def pre_tokenizer_name(metadata: Mapping[str, object], said: str = "") -> str:
+    """The name of the rule that a vocabulary is to be used with: what its file says, or else what somebody `said`.
+
+    Empty when neither does, and for SentencePiece, which has no such rule.
+
+    Raises:
+        UnsupportedModel: the file's is none that is known here.
+        InvalidInput: what was said is not known, or not what the file says.
+    """
+    check_known(said)
+    if metadata.get("tokenizer.ggml.model") != "gpt2":
+        if said:
+            raise InvalidInput("this model's vocabulary has no pre-tokenizer to choose", hint="leave it out")
+        return ""
+    written = metadata.get(KEY, "")
+    if written and written not in PRE_TOKENIZERS:
+        raise UnsupportedModel(
+            f"the pre-tokenizer {str(written)[:40]!r} is not supported",
+            hint=f"supported are {', '.join(PRE_TOKENIZERS)}",
+        )
+    if written and said and PRE_TOKENIZERS[str(written)] != PRE_TOKENIZERS[said]:
+        raise InvalidInput(f"the file says that its pre-tokenizer is {written}, not {said}", hint="leave it out")
+    return str(written or said)
 
 
 @cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from synapse.models.manifest import ModelKind
 
@@ -29,7 +29,7 @@ class FileRecord(BaseModel):
 
 
 class Record(BaseModel):
-    """What `model.json` holds."""
+    """What `model.json` holds; see `LibraryModel`."""
 
     name: str
     description: str
@@ -37,6 +37,15 @@ class Record(BaseModel):
     source: str
     files: list[FileRecord] = Field(min_length=1)
     kind: ModelKind = "chat"
+    pre_tokenizer: str = ""
+
+
+def pre_tokenizer_of(path: Path) -> str:
+    """What the record beside a model file says of how text is cut into words; empty when there is none."""
+    try:
+        return Record.model_validate_json((path.parent / RECORD).read_bytes()).pre_tokenizer
+    except (OSError, ValidationError):
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,8 @@ class LibraryModel:
 
     Attributes:
         folder: where its files are; each is `folder / record.name`.
+        pre_tokenizer: how its text is cut into words before merging, a name of `synapse.models.pre_tokenizers`; empty
+            where nobody has said so, or the vocabulary needs none.
     """
 
     name: str
@@ -54,6 +65,7 @@ class LibraryModel:
     folder: Path
     files: tuple[FileRecord, ...]
     kind: ModelKind = "chat"
+    pre_tokenizer: str = ""
 
     @classmethod
     def of(cls, record: Record, folder: Path) -> Self:
@@ -66,6 +78,7 @@ class LibraryModel:
             folder=folder.absolute(),
             files=tuple(record.files),
             kind=record.kind,
+            pre_tokenizer=record.pre_tokenizer,
         )
 
     @property

@@ -19,7 +19,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from synapse.errors import InvalidInput
 from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.gguf_file import ModelFile
-from synapse.models.pre_tokenizers import PRE_TOKENIZERS, byte_of_character
+from synapse.models.pre_tokenizers import HOW_TO_SAY, PRE_TOKENIZERS, UNSAID, byte_of_character, pre_tokenizer_name
+from synapse.models.record import pre_tokenizer_of
 
 log = structlog.get_logger(__name__)
 
@@ -120,29 +121,26 @@ class Tokenizer:
 
 
 def load_tokenizer(file: ModelFile) -> Tokenizer:
-    """The tokenizer of a model.
+    """The tokenizer of a model. Where its file does not say how words are cut, the record beside it may.
 
     Raises:
         ModelFileCorrupt: its metadata is missing or contradicts itself.
         UnsupportedModel: it is of a kind, or cuts words in a way, that is not known here.
+        InvalidInput: the record says a way that is not known.
     """
     vocabulary = _Vocabulary(file.metadata)
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
-        pre = file.metadata.get("tokenizer.ggml.pre", "default")
-        if "tokenizer.ggml.pre" not in file.metadata:
+        written = pre_tokenizer_name(file.metadata)
+        pre = written or pre_tokenizer_name(file.metadata, pre_tokenizer_of(file.path))
+        if not pre:
             log.warning(
                 "model.no_pre_tokenizer",
                 model=file.path.name,
-                reason="the file does not say how text is cut into words (tokenizer.ggml.pre); GPT-2's rule is used",
-                hint="numbers and spaces may come out wrong: convert the model with a newer llama.cpp",
+                reason=f"{UNSAID}; GPT-2's rule is used, and numbers and spaces may come out wrong",
+                hint=HOW_TO_SAY,
             )
-        if pre not in PRE_TOKENIZERS:
-            raise UnsupportedModel(
-                f"the pre-tokenizer {str(pre)[:40]!r} is not supported",
-                hint=f"supported are {', '.join(PRE_TOKENIZERS)}",
-            )
-        rule = PRE_TOKENIZERS[str(pre)]
+        rule = PRE_TOKENIZERS[pre or "default"]
         backend = tokenizers.Tokenizer(
             models.BPE(vocabulary.ids, vocabulary.listed_merges(), ignore_merges=rule.ignore_merges)
         )

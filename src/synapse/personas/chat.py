@@ -23,13 +23,14 @@ from synapse.engines import (
     Finished,
     FinishReason,
     Grammar,
+    LayersOverflow,
     Request,
 )
 from synapse.models.chat_template import Message as ChatMessage
 from synapse.personas.entities import Persona
 from synapse.personas.events import TurnNews
 from synapse.personas.history import alternating, with_system_prompt
-from synapse.personas.layers import persona_stack
+from synapse.personas.layers import named, persona_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Turn:
         left_out: messages that were too old to fit the context.
     """
 
+    context: Context
     client: EngineClient
     request: Request
     news: TurnNews
@@ -55,8 +57,11 @@ class Turn:
             as `EngineClient.generate`.
         """
         async with aclosing(self.client.generate(self.request)) as events:
-            async for event in events:
-                yield event
+            try:
+                async for event in events:
+                    yield event
+            except LayersOverflow as error:
+                raise await named(self.context, error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,7 @@ async def _prepared(
         grammar=options.grammar,
         tract=options.tract,
     )
-    return Turn(client, request, news, left_out)
+    return Turn(context, client, request, news, left_out)
 
 
 async def run_turn(turn: Turn) -> AsyncGenerator[ChatEvent]:

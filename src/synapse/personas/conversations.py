@@ -9,12 +9,12 @@ from synapse.store import Store
 TITLE_LENGTH = 60
 
 
-async def start_conversation(store: Store, persona: Persona, first_message: str) -> Conversation:
-    """A new conversation, named after its first message."""
+def new_conversation(persona: Persona, first_message: str) -> Conversation:
+    """A conversation named after its first message, with which it is kept: see `synapse.personas.talking`."""
     title = " ".join(first_message.split())
     if len(title) > TITLE_LENGTH:
         title = title[: TITLE_LENGTH - 1].rstrip() + "…"
-    return await store.create(Conversation(persona_id=persona.id, title=title))
+    return Conversation(persona_id=persona.id, title=title)
 
 
 async def latest_conversation(store: Store, persona: Persona) -> Conversation:

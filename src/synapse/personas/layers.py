@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from synapse.callosum.kept import open_kept
 from synapse.commands import Context
+from synapse.engines import LayersOverflow, layers_overflow
 from synapse.genome.entities import Genome, GenomeLayer, GenomeLayerReference
 from synapse.genome.opening import open_layers
 from synapse.genome.stack import stack
@@ -30,6 +31,21 @@ async def persona_stack(context: Context, persona: Persona) -> tuple[tuple[str, 
         return tuple((sha256, weight) for sha256, weight in pairs if weight)
 
     return await (await context.get(open_kept)).get(("stack", genome_id), read)
+
+
+async def named(context: Context, error: Exception) -> Exception:
+    """The same error in words a person uses: what engines know by sha256 has a name here."""
+    if not isinstance(error, LayersOverflow):
+        return error
+    store = await context.get(open_store)
+    names = {}
+    for sha256, _ in error.details["layers"]:
+        layer = await store.find(GenomeLayer, sha256=sha256)
+        if layer is not None:
+            names[sha256] = layer.name
+    found = layers_overflow(error.details["layers"], names)
+    found.hint = f"{found.hint} (`synapse persona edit NAME --layers LAYER:0.5,…`)"
+    return found
 
 
 async def make_genome(context: Context, persona: Persona, layers: Sequence[tuple[str, float]]) -> Genome:

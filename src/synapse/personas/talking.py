@@ -1,9 +1,9 @@
 """One turn of a conversation, kept while it is said.
 
-A message is written before the model is asked, together with an empty answer that holds the next place. The answer's
-text is written about once a second while it grows and once more at its end, with the reason why it ended. So a process
-that dies loses at most the last second, and two chats in one conversation never take the same place: the
-second one comes after the first.
+A message is written before the model is asked, together with an empty answer that holds the next place, and with the
+conversation when it is the first one. The answer's text is written about once a second while it grows and once more at
+its end, with the reason why it ended. So a process that dies loses at most the last second, and two chats in one
+conversation never take the same place: the second one comes after the first.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ async def say(
     """
     _check(text)
     store = await context.get(open_store)
-    earlier, question, answer = await _take_places(store, conversation, text)
-    kept = _KeptAnswer(store, answer)
+    places = await _take_places(store, conversation, text)
+    kept = _KeptAnswer(store, places.answer)
     try:
         options = replace(options or TurnOptions(), conversation=conversation.id)
-        turn = await prepare_turn(context, persona, as_chat([*earlier, question]), options)
+        turn = await prepare_turn(context, persona, as_chat([*places.earlier, places.question]), options)
         yield TurnStarted(conversation.id, turn.left_out)
         async with aclosing(run_turn(turn)) as events:
             async for event in events:
@@ -70,7 +70,7 @@ async def say(
                 yield event
     except InvalidInput:
         if not kept.text:
-            await kept.forget(question)
+            await kept.forget(places)
         raise
     except Exception:
         await kept.finish("error")
@@ -110,18 +110,30 @@ def _check(text: str) -> None:
         raise TooLarge(f"the message is {len(text)} characters long; the limit is {MAX_MESSAGE_LENGTH}")
 
 
-async def _take_places(store: Store, conversation: Conversation, text: str) -> tuple[list[Message], Message, Message]:
-    """Write the message and the place of its answer; returns what came before, the message, and the empty answer."""
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """What was said before, the message and its still empty answer; and the conversation, when they begin it."""
 
-    async def work() -> tuple[list[Message], Message, Message]:
+    earlier: list[Message]
+    question: Message
+    answer: Message
+    begun: Conversation | None
+
+
+async def _take_places(store: Store, conversation: Conversation, text: str) -> _Places:
+    """Write the message and the place of its answer, and before them the conversation if it is not there yet."""
+
+    async def work() -> _Places:
         earlier = await messages_of(store, conversation.id)
+        begun = None
+        if earlier or await store.find(Conversation, id=conversation.id) is not None:
+            await store.update(Conversation, conversation.id, {"title": conversation.title})  # it was used just now
+        else:
+            begun = await store.create(conversation)
         position = earlier[-1].position + 1 if earlier else 0
         question = Message(conversation_id=conversation.id, position=position, role="user", content=text)
         answer = Message(conversation_id=conversation.id, position=position + 1, role="assistant", content="")
-        await store.create(question)
-        await store.create(answer)
-        await store.update(Conversation, conversation.id, {"title": conversation.title})  # it was used just now
-        return earlier, question, answer
+        return _Places(earlier, await store.create(question), await store.create(answer), begun)
 
     try:
         return await store.atomically(work)
@@ -159,9 +171,11 @@ class _KeptAnswer:
             self._finished = True
             await self._store.update(Message, self._message.id, {"content": self.text, "finish_reason": reason})
 
-    async def forget(self, question: Message) -> None:
-        """Delete the answer and the message it was to, which was refused."""
+    async def forget(self, places: _Places) -> None:
+        """Delete the answer and the message it was to, which was refused, and the conversation they began."""
         self._finished = True
         async with self._store.transaction():
-            for message in (question, self._message):
-                await self._store.delete(Message, message.id)
+            await self._store.delete(Message, places.question.id)
+            await self._store.delete(Message, places.answer.id)
+            if places.begun is not None:
+                await self._store.delete(Conversation, places.begun.id)

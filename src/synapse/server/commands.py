@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from datetime import datetime
 from typing import Annotated
 
@@ -60,6 +61,18 @@ class OneKey(BaseModel):
     name: Annotated[str, Argument()] = Field(description="name of the key")
 
 
+class RemoveKey(OneKey):
+    """Which key, and whether the server may be open to this machine without one."""
+
+    force: bool = Field(False, description="remove the last key too: then everybody on this machine may ask")
+
+
+class LastKey(Conflict):
+    """Without this key the server would ask for none."""
+
+    code = "last_key"
+
+
 @command("key/create", permission="manage")
 async def create_key(params: CreateKey, context: Context) -> NewKey:
     """Make an API key and show it, once.
@@ -99,13 +112,26 @@ async def revoke_key(params: OneKey, context: Context) -> KeyRow:
 
 
 @command("key/remove", permission="manage")
-async def remove_key(params: OneKey, context: Context) -> KeyRow:
+async def remove_key(params: RemoveKey, context: Context) -> KeyRow:
     """Delete an API key, as if it had never been made; its name is free again.
 
-    When the last one is gone, those that were revoked included, the server answers this machine without a key again.
+    Without any key, revoked ones included, the server answers whoever asks from this machine, so the last one is only
+    removed with --force.
     """
     store = await context.get(open_store)
-    key = await store.delete(ApiKey, (await _find(store, params.name)).id)
+
+    async def work() -> ApiKey:
+        found = await _find(store, params.name)
+        if await store.count(ApiKey) == 1 and not params.force:
+            raise LastKey(
+                f"{found.name} is the last key: without any, the server lets every program on this machine in, for"
+                " everything",
+                hint=f"`synapse key revoke {shlex.quote(found.name)}` makes it useless and keeps the server closed;"
+                " --force removes it all the same",
+            )
+        return await store.delete(ApiKey, found.id)
+
+    key = await store.atomically(work)
     publish("key.removed", KeyNews(name=key.name, permissions=tuple(key.permissions)))
     return _row(key)
 

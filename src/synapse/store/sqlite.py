@@ -6,6 +6,7 @@ The file, its tables and its values are those that SQLAlchemy and Alembic make a
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import sqlite3
@@ -19,6 +20,7 @@ import aiosqlite
 
 from synapse.errors import Corrupt, Overloaded, SynapseError, Unavailable
 from synapse.store.columns import Kind, columns_of
+from synapse.store.disk import cannot_write, is_full
 from synapse.store.entity import Entity, spec_of
 from synapse.store.errors import Duplicate
 from synapse.store.transaction import Query, Row, Transaction
@@ -51,7 +53,9 @@ def create_private_file(path: Path) -> None:
     except FileExistsError:
         return
     except OSError as error:
-        raise Unavailable(
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"the disk is full: {path} cannot be created", hint="make room on that disk") from error
+        raise NotWritable(
             f"the database {path} cannot be created: {error.strerror}",
             hint="set SYNAPSE_HOME or SYNAPSE_DATABASE_URL to a place you can write to",
         ) from error
@@ -78,18 +82,15 @@ def problem_of(error: sqlite3.Error, place: str) -> SynapseError:  # noqa: PLR09
         return Duplicate("a value that must be unique exists already")
     if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
         return Corrupt(f"the database {place} is damaged or not a database: {error}", hint="restore it from a backup")
-    if name == "SQLITE_FULL":
+    if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and is_full(Path(place))):
         return DiskFull(f"the disk is full: {place} cannot grow", hint="make room on that disk; nothing was changed")
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-        return NotWritable(
-            f"the database {place} cannot be opened for writing: {error}",
-            hint="the file and its folder must be yours to write (SQLite keeps a journal beside the file), or set"
-            " SYNAPSE_HOME to another folder",
-        )
+        cause, hint = cannot_write(Path(place)) or (str(error), "see whether the file and its folder are yours")
+        return NotWritable(f"the database {place} cannot be opened for writing: {cause}", hint=hint)
     if name.startswith("SQLITE_IOERR"):
         return Unavailable(
             f"the disk of the database {place} does not do as asked: {error}",
-            hint="see whether it is full, or failing (dmesg)",
+            hint="see whether a limit of its size was reached (a quota, ulimit -f), or it is failing (dmesg)",
         )
     return Unavailable(f"the database {place} does not do as asked: {error}", hint="see whether the file is in order")
 

@@ -24,7 +24,7 @@ from synapse.errors import InvalidInput, TooLarge
 from synapse.models.library import open_library
 from synapse.personas.base_model import ensure_base_model
 from synapse.personas.chat import TextDelta, TurnOptions
-from synapse.personas.conversations import conversation_of, latest_conversation, start_conversation
+from synapse.personas.conversations import conversation_of, latest_conversation, new_conversation
 from synapse.personas.entities import MAX_MESSAGE_LENGTH, Conversation, Persona
 from synapse.personas.lookup import find_persona_or_model, is_bare_model
 from synapse.personas.talking import TurnStarted, say, say_unkept
@@ -143,7 +143,7 @@ async def _one_answer(request: ChatRequest, message: str) -> None:
             if not message.strip():
                 raise InvalidInput("the message is empty", hint='give one with -m "…", or pipe it in')
             if conversation is None and not is_bare_model(persona):
-                conversation = await start_conversation(await context.get(open_store), persona, message)
+                conversation = new_conversation(persona, message)
             await _answer(context, request, persona, conversation, message)
 
 

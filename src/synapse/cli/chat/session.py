@@ -19,7 +19,7 @@ from synapse.commands import Context
 from synapse.errors import InvalidInput, SynapseError
 from synapse.models.chat_template import Message as ChatMessage
 from synapse.personas.chat import ChatEvent, TextDelta, TurnFinished, TurnOptions
-from synapse.personas.conversations import messages_of, start_conversation
+from synapse.personas.conversations import messages_of, new_conversation
 from synapse.personas.entities import Conversation, Persona
 from synapse.personas.lookup import is_bare_model
 from synapse.personas.talking import TurnStarted, as_chat, say, say_unkept
@@ -121,8 +121,7 @@ class ChatSession:
         if is_bare_model(self._persona):
             return say_unkept(self._context, self._persona, self._said, message, options)
         if self._conversation is None:
-            store = await self._context.get(open_store)
-            self._conversation = await start_conversation(store, self._persona, message)
+            self._conversation = new_conversation(self._persona, message)
         return say(self._context, self._persona, self._conversation, message, options)
 
     def _notice_left_out(self, left_out: int) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from synapse.errors import NotFound, SynapseError, Unavailable
 from synapse.models.encoder.file import open_encoder_file
+from synapse.models.errors import PreTokenizerUnsaid
 from synapse.models.gguf_file import open_model_file
 from synapse.models.manifest import Manifest, ManifestFile, Source
+from synapse.models.pre_tokenizers import HOW_TO_SAY, UNSAID, pre_tokenizer_name
 from synapse.models.pulling.sources import fetch
 from synapse.models.pulling.transfer import DiskFull, Transfer, check_file, flush, sha256_of
 from synapse.models.pulling.wanted import shown_source
@@ -25,7 +27,7 @@ def install(manifest: Manifest, work: Path, target: Path, transfer: Transfer) ->
     for left_over in (ready, work / "damaged"):
         shutil.rmtree(left_over, ignore_errors=True)
     ready.mkdir()
-    records, sources = [], {}
+    records, sources, arrived = [], {}, {}
     for file in manifest.files:
         fetched = _fetch_checked(manifest, file, work, transfer)
         if fetched is None:
@@ -33,9 +35,15 @@ def install(manifest: Manifest, work: Path, target: Path, transfer: Transfer) ->
         path, sources[file.name] = fetched
         sha256 = file.sha256 or sha256_of(path, transfer)
         records.append(FileRecord(name=file.name, sha256=sha256, size=path.stat().st_size))
+        arrived[file.name] = path
         (ready / file.name).parent.mkdir(exist_ok=True)
         path.replace(ready / file.name)
-    description, licence = _open(manifest, ready)
+    try:
+        description, licence, pre_tokenizer = _open(manifest, ready)
+    except PreTokenizerUnsaid:
+        for name, path in arrived.items():
+            (ready / name).replace(path)  # where the next pull, which says it, finds what it need not fetch again
+        raise
     record = Record(
         name=manifest.name,
         description=(manifest.description or description)[:200],
@@ -43,27 +51,52 @@ def install(manifest: Manifest, work: Path, target: Path, transfer: Transfer) ->
         source=shown_source(manifest.kind, sources),
         files=records,
         kind=manifest.kind,
+        pre_tokenizer=pre_tokenizer,
     )
-    with (ready / RECORD).open("wb") as out:
-        out.write(record.model_dump_json(indent=2).encode())
-        flush(out)
+    _write(record, ready / RECORD)
     if target.exists():
         target.replace(work / "damaged")
     ready.replace(target)
     return LibraryModel.of(record, target)
 
 
-def _open(manifest: Manifest, folder: Path) -> tuple[str, str]:
-    """Check that an engine can run what has arrived; the description and licence that it gives itself.
+def say_pre_tokenizer(model: LibraryModel, said: str, work: Path) -> LibraryModel:
+    """Note in the record of a model that is here how its text is cut into words.
+
+    Raises:
+        InvalidInput: that cannot be said of it.
+    """
+    said = pre_tokenizer_name(open_model_file(model.path).metadata, said)
+    place = model.folder / RECORD
+    record = Record.model_validate_json(place.read_bytes()).model_copy(update={"pre_tokenizer": said})
+    work.mkdir(parents=True, exist_ok=True)
+    _write(record, work / RECORD)
+    shutil.copystat(place, work / RECORD)  # its time says since when the files are as they were
+    (work / RECORD).replace(place)
+    return LibraryModel.of(record, model.folder)
+
+
+def _write(record: Record, path: Path) -> None:
+    with path.open("wb") as out:
+        out.write(record.model_dump_json(indent=2).encode())
+        flush(out)
+
+
+def _open(manifest: Manifest, folder: Path) -> tuple[str, str, str]:
+    """Check that an engine can run what has arrived; the description, licence and pre-tokenizer that it gives itself.
 
     Raises:
         ModelFileCorrupt, UnsupportedModel: none can.
+        InvalidInput: the pre-tokenizer that was said is not one that it can have.
     """
     if manifest.kind == "encoder":
         config = open_encoder_file(folder, manifest.name).config
-        return f"a {config.architecture} encoder with {config.hidden} dimensions", "unknown"
+        return f"a {config.architecture} encoder with {config.hidden} dimensions", "unknown", ""
     opened = open_model_file(folder / manifest.files[0].name)
-    return opened.config.name, str(opened.metadata.get("general.license", "unknown"))
+    pre_tokenizer = pre_tokenizer_name(opened.metadata, manifest.pre_tokenizer)
+    if opened.metadata.get("tokenizer.ggml.model") == "gpt2" and not pre_tokenizer:
+        raise PreTokenizerUnsaid(f"{opened.path.name}: {UNSAID}", hint=HOW_TO_SAY)
+    return opened.config.name, str(opened.metadata.get("general.license", "unknown")), pre_tokenizer
 
 
 def _fetch_checked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -40,13 +40,19 @@ class Usage:
         }
 
 
+Named = Callable[[Exception], Awaitable[Exception]]
+"""An error of the engine in words that a person uses."""
+
+
 class Generation:
     """The events of several requests, each with the index of its request, in the order in which they happen.
 
     Use it as an async context manager: leaving it cancels in the engine whatever has not finished::
 
-        async with Generation(client, requests, timeout=60, deadline=loop.time() + 60) as events:
+        async with Generation(client, requests, timeout=60, deadline=loop.time() + 60, named=named) as events:
             async for index, event in events: ...
+
+    What an engine raises is put into words by `named`, which knows what engines know only by number.
 
     One request, which is what is asked for nearly always, is read as the engine tells it, without a task between.
 
@@ -55,8 +61,11 @@ class Generation:
         failure: what ended the reading instead, if anything did.
     """
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request], *, timeout: float, deadline: float) -> None:
+    def __init__(
+        self, client: EngineClient, requests: Sequence[Request], *, timeout: float, deadline: float, named: Named
+    ) -> None:
         self._timeout = timeout
+        self._named = named
         self._deadline = deadline
         self._first: tuple[int, Event] | None = None
         self._unfinished = len(requests)
@@ -107,7 +116,9 @@ class Generation:
                 self._unfinished -= 1
                 self.ends[index] = _complete(event)
         except Exception as error:
-            self.failure = error
+            self.failure = await self._named(error)
+            if self.failure is not error:
+                raise self.failure from error
             raise
         return index, event
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from synapse.engines import BadGrammar, ContextOverflow
 from synapse.errors import TimedOut
 from synapse.personas.events import TurnNews
+from synapse.personas.layers import named
 from synapse.server.catalogue import list_as_wire, show_as_wire
 from synapse.server.http.event_stream import EventStream
 from synapse.server.http.routing import ServerState, guarded
@@ -118,7 +120,13 @@ async def _answer(
     count = len(prepared.requests)
     try:
         events = await resources.enter_async_context(
-            Generation(prepared.client, prepared.requests, timeout=timeout, deadline=deadline)
+            Generation(
+                prepared.client,
+                prepared.requests,
+                timeout=timeout,
+                deadline=deadline,
+                named=partial(named, state.context),
+            )
         )
         if prepared.news is not None:
             resources.callback(_tell_end, prepared.news, events, count)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from synapse.errors import Conflict, Corrupt, SynapseError, Unavailable
+from synapse.store.disk import cannot_write, is_full
 from synapse.store.errors import DatabaseTooNew
 
 APPLICATION = 0x53594E45
@@ -153,7 +153,7 @@ def patiently(work: Callable[[], T]) -> T:
 
 def translated(error: sqlite3.Error, path: Path) -> SynapseError:
     """What an error of SQLite means for whoever uses the log."""
-    if _is(error, sqlite3.SQLITE_FULL) or (_is(error, sqlite3.SQLITE_IOERR) and _is_full(path)):
+    if _is(error, sqlite3.SQLITE_FULL) or (_is(error, sqlite3.SQLITE_IOERR) and is_full(path)):
         return Unavailable(
             f"the disk of the log {path} is full; nothing of this was written", hint="make room and try again"
         )
@@ -164,14 +164,8 @@ def translated(error: sqlite3.Error, path: Path) -> SynapseError:
             f"the log {path} is damaged or no log: {error}",
             hint="stop what uses it and move it away; a new one is made",
         )
-    return Unavailable(f"the log {path} cannot be read or written: {error}", hint="check its disk and its permissions")
-
-
-def _is_full(path: Path) -> bool:
-    """Whether the disk has no room at all: then SQLite cannot even make the shared memory that reading takes."""
-    with suppress(OSError):
-        return shutil.disk_usage(path.parent).free == 0
-    return False
+    cause, hint = cannot_write(path) or (str(error), "check its disk and its permissions")
+    return Unavailable(f"the log {path} cannot be read or written: {cause}", hint=hint)
 
 
 def _is(error: sqlite3.Error, *codes: int) -> bool:
