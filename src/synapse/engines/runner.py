@@ -176,7 +176,11 @@ class EngineRunner:
         return await done
 
     async def stats(self) -> EngineStats:
-        """A snapshot; taken while the engine steps, its numbers may be one step apart."""
+        """As `snapshot`; a runner of another process has to ask for it."""
+        return self.snapshot()
+
+    def snapshot(self) -> EngineStats:
+        """How busy the engine is; taken while it steps, the numbers may be one step apart."""
         engine = self.engine
         return EngineStats(
             answering=engine.answering(),
