@@ -4,12 +4,14 @@
 
 Prefixes: 64 conversations of several turns over 8 system prompts, with the pool of the default settings, one of a
 single context and one without limit. Choices: 8 of one prompt. Layers: 40 that are active over a cache of 20, and what
-that does to the gaps between the tokens of a stream. See docs/guide/benchmarks.md.
+that does to the gaps between the tokens of a stream; and what the opening of a second model does to them. See
+docs/guide/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import statistics
 import sys
@@ -28,6 +30,7 @@ from benchmarks.engine import model_path, say
 from benchmarks.engine_limits import is_native
 from benchmarks.layers import random_adapter
 from benchmarks.report import Report, parser, publish
+from benchmarks.second_model import second_model_rows
 from synapse.engines import Backend, Delta, Engine, Limits, Request, Sampling
 from synapse.engines.opening import open_engine_file
 from synapse.models.gguf_file import open_model_file
@@ -177,10 +180,12 @@ def read_options() -> argparse.Namespace:
     options.add_argument("--turns", type=int, default=3, help="of each conversation")
     options.add_argument("--rank", type=int, default=16, help="of the layers, which are on all linear maps")
     options.add_argument("--streams", type=int, default=8, help="answers at once while layers come and go")
+    options.add_argument("--openings", type=int, default=3, help="of a second model, each packed and not")
     options.add_argument("--quick", action="store_true", help="less of everything, for a look")
     args = options.parse_args()
     if args.quick:
         args.conversations, args.turns = min(args.conversations, 16), 1
+        args.openings = 1
     return args
 
 
@@ -223,6 +228,10 @@ def main() -> None:
             stream(engine, active, args.streams, turns, 32) for active in (layers[-LAYERS_KEPT // 2 :], layers)
         ]
         engine.close()
+        say("a second model")
+        second = asyncio.run(second_model_rows(model, Path(folder), args.openings, backend=args.backend))
+        report.rows["a second model is opened"] = second
+        report.figures["second_model_p99_of_idle"] = max(row["p99_of_idle"] for row in second)
     publish(report, as_json=args.json)
 
 

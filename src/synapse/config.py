@@ -117,10 +117,14 @@ class Settings(BaseModel):
         description="how long a model stays in memory when nobody uses it: 30s, 5m, 2h; 0 is not at all, -1 for ever",
     )
     max_model_bytes: int = Field(
-        0, ge=0, description="memory that all models may take together; 0 means three quarters of the machine's"
+        0, ge=0, description="bytes that all models may take together; 0 means three quarters of the machine's memory"
     )
     max_layers: int = Field(20, ge=1, description="LoRA layers kept in memory per model")
-    max_layer_bytes: int = Field(500 * 2**20, ge=2**20, description="bytes of LoRA layers kept in memory per model")
+    max_layer_bytes: int = Field(
+        500 * 2**20,
+        ge=2**20,
+        description="bytes of LoRA layers kept in memory per model; never more than an eighth of the machine's",
+    )
     daemon: DaemonSettings = Field(default_factory=DaemonSettings, description="how models are run")
 
     @field_validator("home")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import caches
+from benchmarks.second_model import second_model_rows
 from support.tiny_models import build_tiny_model
 from synapse.engines import Limits
 from synapse.engines.cache.blocks import BLOCK_TOKENS
@@ -46,3 +47,16 @@ def test_layers_that_come_and_go_are_measured(tmp_path: Path) -> None:
     assert caches.choices_row(engine, 70)["computed_tokens"] == 70 + 7
     assert min(caches.load_seconds(engine, folders[0])) > 0
     engine.close()
+
+
+async def test_a_second_model_that_is_opened_is_measured(tmp_path: Path) -> None:
+    tiny = build_tiny_model(tmp_path / "tiny.gguf", "llama", context=512).path
+    limits = {"backend": "reference", "threads": 1, "max_context": 512, "kv_cache_tokens": 1024}
+    rows = await second_model_rows(tiny, tmp_path / "home", 1, idle_seconds=0.2, **limits)
+    assert [row["opened meanwhile"] for row in rows] == [
+        "nothing",
+        "a model that is not packed",
+        "a model that is packed",
+    ]
+    assert rows[0]["p99_of_idle"] == 1
+    assert all(row["gaps"] > 0 and row["seconds"] > 0 for row in rows)

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+from synapse.engines.commands import GetEngineStats, engine_stats
 
 from benchmarks.layers import random_adapter
 from support.tiny_models import build_tiny_model
@@ -27,7 +28,6 @@ from synapse.engines import (
     open_engines,
     open_front_end,
 )
-from synapse.engines.commands import GetEngineStats, engine_stats
 from synapse.errors import Corrupt, NotFound, SynapseError
 from synapse.models.adapters.files import LAYERS_FOLDER, content_address
 from synapse.models.chat_template import Message
@@ -136,9 +136,11 @@ async def test_a_front_end_needs_no_weights_and_says_what_the_engine_does(client
         assert each.fit_chat(messages) == client.front.fit_chat(messages)
 
 
-async def test_stats_say_which_engine_answers_and_what_helps(home: Path) -> None:
+@pytest.mark.usefixtures("client")
+async def test_stats_say_which_engine_answers_and_what_helps(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(home.parent / "tiny.gguf")
-    for backend, reason in (("reference", "the setting"), ("auto", "not built")):
+    monkeypatch.setenv("SYNAPSE_FORCE_PYTHON", "1")
+    for backend, reason in (("reference", "the setting"), ("auto", "Python is forced")):
         async with Context(Settings(home=home, max_context=64, threads=1, backend=backend)) as context:
             client = await (await context.get(open_engines)).get(model)
             (state,) = (await engine_stats(GetEngineStats(), context)).items

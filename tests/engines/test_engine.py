@@ -26,13 +26,14 @@ from synapse.engines.opening import open_engine_file
 from synapse.errors import InvalidInput, Unavailable
 
 Chat = Callable[[str], tuple[int, ...]]
+OpenDefault = Callable[[Limits], Engine]
 GREEDY = Sampling(temperature=0)
 
 
 def test_a_question_gets_its_answer_and_usage(engine: Engine, chat: Chat) -> None:
-    prompt = chat("What is the capital of France?")
+    prompt = chat("What is the capital of Japan?")
     (answer,) = run(engine, Request(prompt, sampling=GREEDY, max_tokens=30))
-    assert answer.text == "The capital of France is Paris."
+    assert answer.text == "The capital of Japan is Tokyo."
     assert answer.finished is not None
     assert answer.finished.reason == "stop"
     assert answer.finished.prompt_tokens == len(prompt)
@@ -46,8 +47,8 @@ def test_max_tokens_ends_an_answer_with_length(engine: Engine, chat: Chat) -> No
 
 
 def test_a_stop_string_across_tokens_ends_an_answer_and_is_left_out(engine: Engine, chat: Chat) -> None:
-    prompt = chat("What is the capital of France?")
-    (answer,) = run(engine, Request(prompt, sampling=GREEDY, max_tokens=30, stop=("France is P",)))
+    prompt = chat("What is the capital of Japan?")
+    (answer,) = run(engine, Request(prompt, sampling=GREEDY, max_tokens=30, stop=("Japan is T",)))
     assert answer.text == "The capital of "
     assert answer.finished is not None
     assert answer.finished.reason == "stop"
@@ -109,8 +110,8 @@ def test_cancelling_frees_the_place_within_a_step(engine: Engine, chat: Chat) ->
     assert not engine.cancel(request_id)
 
 
-def test_a_full_cache_delays_sequences_and_changes_none(default_model: Path, chat: Chat) -> None:
-    small = open_engine_file(default_model, "reference", Limits(max_context=128, kv_cache_tokens=160, max_batch=4))
+def test_a_full_cache_delays_sequences_and_changes_none(open_default: OpenDefault, chat: Chat) -> None:
+    small = open_default(Limits(max_context=128, kv_cache_tokens=160, max_batch=4))
     requests = [Request(chat(f"Tell me about {n}."), sampling=GREEDY, max_tokens=60) for n in ("cats", "dogs", "owls")]
     alone = [run(small, request)[0].tokens for request in requests]
     together = [answer.tokens for answer in run(small, *requests)]
@@ -204,8 +205,8 @@ def test_a_request_that_makes_no_sense_is_refused(
     assert not engine.busy
 
 
-def test_the_context_is_filled_to_its_last_token_and_then_ends(default_model: Path) -> None:
-    small = open_engine_file(default_model, "reference", Limits(max_context=40))
+def test_the_context_is_filled_to_its_last_token_and_then_ends(open_default: OpenDefault) -> None:
+    small = open_default(Limits(max_context=40))
     (answer,) = run(small, Request((1,) * 30, sampling=GREEDY, ignore_eos=True))
     assert answer.finished is not None
     assert (answer.finished.reason, len(answer.tokens)) == ("length", 10)

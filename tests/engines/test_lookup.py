@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from support.engine_runs import run
 from synapse.engines import Engine, Limits, Request, Sampling
 from synapse.engines.lookup import FIRST_GUESSES, GRAM, LONGEST_PAUSE, PromptLookup
-from synapse.engines.opening import open_engine_file
 
 
 def test_what_followed_the_same_tokens_before_is_guessed() -> None:
@@ -53,12 +52,9 @@ def test_a_guess_always_follows_a_place_that_is_alike(tokens: list[int], most: i
 
 
 @pytest.fixture(scope="module")
-def pair(default_model: Path) -> tuple[Engine, Engine]:
+def pair(open_default: Callable[[Limits], Engine]) -> tuple[Engine, Engine]:
     """An engine that guesses and one that does not."""
-    return (
-        open_engine_file(default_model, "reference", Limits(max_context=512)),
-        open_engine_file(default_model, "reference", Limits(max_context=512, prompt_lookup=False)),
-    )
+    return open_default(Limits(max_context=512)), open_default(Limits(max_context=512, prompt_lookup=False))
 
 
 QUOTED = "Repeat this list, word for word: apple, banana, cherry, date, elder, fig, grape. apple, banana, cherry,"

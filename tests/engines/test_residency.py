@@ -19,7 +19,7 @@ from synapse.config import Settings, load_settings, seconds_of
 from synapse.encoders import open_encoders
 from synapse.engines import EngineClient, EngineHost, Finished, Request, Sampling, open_engines
 from synapse.engines.cache.memory import machine_memory
-from synapse.engines.residency import NoMemory, Residency, open_residency
+from synapse.engines.residency import MakeRoom, NoMemory, Residency, open_residency
 from synapse.errors import InvalidInput, Unavailable
 from synapse.models.in_use import processes
 from synapse.models.library import open_library
@@ -263,8 +263,28 @@ async def test_the_process_ends_with_models_in_use(home: Path, heard: Heard) -> 
     assert {"model": "one", "reason": "stopped"} in heard.about("engine.closed")
 
 
-def test_the_default_limit_is_three_quarters_of_the_memory_here() -> None:
-    assert Residency(0.0).limit == int(0.75 * machine_memory())
+class Large:
+    """A model that says it needs more than any machine has."""
+
+    async def close(self, reason: str) -> None:
+        pass
+
+
+async def open_large(make_room: MakeRoom) -> Large:
+    await make_room(2**60)
+    return Large()
+
+
+async def test_by_default_three_quarters_of_the_memory_here_are_shared_and_one_model_alone_is_opened() -> None:
+    residency = Residency(0.0)
+    assert residency.limit == int(0.75 * machine_memory())
+    lease = await residency.lease("large", "large", open_large)
+    with pytest.raises(NoMemory, match="other needs"):
+        await residency.lease("other", "other", open_large)
+    lease.release()
+    await until(lambda: not residency.bytes)
+    with pytest.raises(NoMemory, match="all models together may take"):
+        await Residency(0.0, 2**30).lease("large", "large", open_large)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from synapse.engines.opening import engine_of, open_engine_file
 from synapse.engines.sampling import Sampler
 from synapse.engines.unread import SlowReader
 from synapse.errors import Conflict, Corrupt, InternalError, NotFound, Overloaded, Unavailable
-from synapse.models.gguf_file import ModelFile
+from synapse.models.head import ModelHead
 from synapse.models.library import open_library
 
 ENDLESS = Request((5, 6, 7), sampling=Sampling(seed=1), ignore_eos=True)
@@ -279,10 +279,10 @@ async def test_an_opening_that_is_slow_holds_up_no_other_model(tmp_path: Path, m
     models = {name: build_tiny_model(tmp_path / f"{name}.gguf", name) for name in ("llama", "qwen2")}
     slow, go_on = str(models["llama"].path), threading.Event()
 
-    def opened(file: ModelFile, *args: Any) -> Engine:
-        if str(file.path) == slow:
+    def opened(model: ModelHead, *args: Any) -> Engine:
+        if str(model.path) == slow:
             assert go_on.wait(60)
-        return engine_of(file, *args)
+        return engine_of(model, *args)
 
     monkeypatch.setattr("synapse.engines.host.engine_of", opened)
     async with Context(Settings(home=tmp_path / "home", max_context=64, threads=1, backend="reference")) as context:

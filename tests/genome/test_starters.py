@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from safetensors import safe_open
 
 from scripts.starters import captain, captain_lines, cards, dates, orders
 from scripts.starters.example import Example
+from support.engine_runs import run
+from synapse.engines import Engine, Limits, Request, Sampling
 from synapse.models.adapters.adapter import read_adapter
+from synapse.models.chat_template import Message, encode_chat
 
 STARTERS = Path(str(files("synapse.genome") / "starters"))
 NAMES = ("json-record", "iso-date", "sea-captain")
@@ -155,53 +158,44 @@ def test_a_captain_is_not_scored_for_the_words_of_the_question() -> None:
 
 
 @pytest.fixture(scope="module")
-def base(default_model: Path) -> Iterator[Any]:
-    import torch
+def engine(open_default: Callable[[Limits], Engine]) -> Engine:
+    return open_default(Limits(max_context=512))
 
-    from scripts.train_starters import load_base
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_base(default_model)
-    torch.set_num_threads(threads)
+def answers(engine: Engine, system: str, questions: list[str], tokens: int, layer: str | None) -> list[str]:
+    """Greedy answers; one that does not end within so many tokens is cut there."""
+    layers = ((engine.load_layer(STARTERS / layer), 1.0),) if layer else ()
+    prompts = [
+        encode_chat(engine.tokenizer, engine.chat_template, [Message("system", system), Message("user", question)])
+        for question in questions
+    ]
+    greedy = Sampling(temperature=0)
+    given = run(engine, *(Request(tuple(prompt), layers, greedy, max_tokens=tokens) for prompt in prompts))
+    return [answer.text.strip() for answer in given]
 
 
 @pytest.mark.slow
-@pytest.mark.peer
 @each_starter
-def test_a_starter_does_its_job_where_the_bare_model_does_not(base: Any, name: str) -> None:
-    from peft import PeftModel
-
-    from scripts.train_starters import STARTER_LAYERS, answers
+def test_a_starter_does_its_job_where_the_bare_model_does_not(engine: Engine, name: str) -> None:
+    from scripts.train_starters import STARTER_LAYERS
 
     starter = next(starter for starter in STARTER_LAYERS if starter.name == name)
     items = starter.examples("held_out", 4, 1234)  # another seed than that of the score: other items of the same kind
     questions = [item.question for item in items]
 
-    def right(model: Any) -> int:
-        given = answers(base, model, starter.system_prompt, questions, starter.max_new_tokens)
+    def right(layer: str | None) -> int:
+        given = answers(engine, starter.system_prompt, questions, starter.max_new_tokens, layer)
         return sum(starter.is_right(item, answer) for item, answer in zip(items, given, strict=True))
 
-    bare = right(base.model)
-    layer = PeftModel.from_pretrained(base.model, str(STARTERS / name))
-    try:
-        assert right(layer) >= 3 > bare + 1
-    finally:
-        layer.unload()
+    assert right(name) >= 3 > right(None) + 1
 
 
 @pytest.mark.slow
-@pytest.mark.peer
-def test_the_three_personas_answer_the_demo_question_each_in_its_own_way(base: Any) -> None:
-    from peft import PeftModel
-
-    from scripts.train_starters import answers
-
-    replies = {}
-    for persona in cards.personas()["personas"]:
-        layer = PeftModel.from_pretrained(base.model, str(STARTERS / persona["layer"]))
-        replies[persona["name"]] = answers(base, layer, persona["system_prompt"], [cards.QUESTION], 72)[0]
-        layer.unload()
+def test_the_three_personas_answer_the_demo_question_each_in_its_own_way(engine: Engine) -> None:
+    replies = {
+        persona["name"]: answers(engine, persona["system_prompt"], [cards.QUESTION], 72, persona["layer"])[0]
+        for persona in cards.personas()["personas"]
+    }
     assert json.loads(replies["demo-clerk"]) == {
         "item": "lanterns",
         "quantity": 12,

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from support import tiny_kernel
+from support.compiled import compile_remembered
 from support.pattern_kernel import kernel_build
 from synapse.config import Settings
 from synapse.errors import Unavailable
@@ -35,7 +36,7 @@ from synapse.kernels.cache import (
     load_build,
 )
 from synapse.kernels.checks import SEAL_BYTES, check_file
-from synapse.kernels.compiler import BuildFailed, CompilerMissing, compile_source, find_compiler
+from synapse.kernels.compiler import BuildFailed, CompilerMissing, find_compiler
 from synapse.kernels.cpu import lacking_features
 from synapse.kernels.elf import expected_machine, read_library
 from synapse.vectors.kernel import KERNEL
@@ -52,8 +53,11 @@ def tiny(folder: Path, source: str = SOURCE, parts: str = PARTS) -> KernelSpec:
     return replace(tiny_kernel.KERNEL, source=folder / "tiny.mojo")
 
 
+pytestmark = pytest.mark.usefixtures("compiles_once")
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[KernelSpec, KernelBuild]:
+def built(compiles_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[KernelSpec, KernelBuild]:
     folder = tmp_path_factory.mktemp("tiny")
     spec = tiny(folder)
     return spec, build_kernel(spec, folder)
@@ -342,7 +346,7 @@ def test_the_source_compiles_for_every_kind_of_processor(tmp_path: Path) -> None
     for triple, cpus in targets.items():
         for cpu in cpus:
             flags = ("--emit", "object", "-O3", "--Werror", "--target-triple", triple, "--target-cpu", cpu)
-            compile_source(find_compiler(), KERNEL.source, tmp_path / f"{cpu}.o", *flags)
+            compile_remembered(find_compiler(), KERNEL.source, tmp_path / f"{cpu}.o", *flags)
 
 
 def test_without_the_compiler_building_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

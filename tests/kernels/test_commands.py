@@ -20,6 +20,8 @@ from synapse.kernels import cache as kernels
 from synapse.kernels.cache import KernelRefused
 from synapse.kernels.commands import BuildKernels
 
+pytestmark = pytest.mark.usefixtures("compiles_once")
+
 
 @pytest.fixture
 async def context(tmp_path: Path) -> AsyncIterator[Context]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from synapse.models.adapters.errors import LayerCorrupt, LayerRefused
-from synapse.models.safetensors_file import MAX_HEADER_BYTES, read_header, read_tensor
+from synapse.models.safetensors_file import MAX_HEADER_BYTES, not_finite, read_header, read_tensor
 
 
 def built(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -110,3 +110,22 @@ def test_damage_is_told_apart_from_what_is_merely_not_supported() -> None:
     with pytest.raises(LayerRefused) as caught:
         read_header(built({"a": entry(0, 8, dtype="I32")}, b"12345678"))
     assert not isinstance(caught.value, LayerCorrupt)
+
+
+@pytest.mark.parametrize("spaces", [0, 1])
+@pytest.mark.parametrize("value", [None, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", range(5))
+def test_the_tensor_that_is_not_finite_is_named(which: int, value: float | None, spaces: int) -> None:
+    """Whatever the types of its neighbours, and wherever the data begins; the largest finite numbers are finite."""
+    header, parts, begin = {}, [], 0
+    for number, dtype in enumerate(("F16", "F16", "F32", "BF16", "F16")):
+        values = np.full(70_000, np.finfo(np.float16).max if dtype == "F16" else np.float32(3.38e38), np.float32)
+        if number == which and value is not None:
+            values[-1] = value
+        words = values.astype("<f2") if dtype == "F16" else values
+        raw = (values.view("<u4") >> 16).astype("<u2").tobytes() if dtype == "BF16" else words.tobytes()
+        header[str(number)] = entry(begin, begin + len(raw), [len(values)], dtype)
+        parts.append(raw)
+        begin += len(raw)
+    data = built(json.dumps(header).encode() + b" " * spaces, b"".join(parts))
+    assert not_finite(data, read_header(data)) == (None if value is None else str(which))

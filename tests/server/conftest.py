@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,25 +11,9 @@ from support.live_server import Live, is_ready, make_layer, running, wait_until
 
 
 @pytest.fixture(scope="session")
-def model_home(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """Makes homes that have the default model, by hard links."""
-
-    def make() -> Path:
-        home = tmp_path_factory.mktemp("home")
-        shutil.copytree(default_model.parent, home / "models" / default_model.parent.name, copy_function=_link)
-        return home
-
-    return make
-
-
-def _link(source: str, target: str) -> None:
-    Path(target).hardlink_to(source)
-
-
-@pytest.fixture(scope="session")
-def live(model_home: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def live(make_model_home: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A server with the default model and two personas: `plain`, and `noisy`, which has a layer."""
-    with running(model_home()) as server:
+    with running(make_model_home()) as server:
         layer = make_layer(tmp_path_factory.mktemp("layers") / "noise")
         server.run_inside("layer/add", source=str(layer), name="noise")
         server.command("persona/create", name="plain", system_prompt="You are brief.", temperature=0.5)

@@ -92,6 +92,7 @@ def posted_events(client: httpx.Client, name: str, headers: dict[str, str], /, *
     return [(event.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for event, data in pairs]
 
 
+@pytest.mark.usefixtures("compiles_once")
 def test_a_long_command_tells_its_progress_when_events_are_asked_for(empty: Live) -> None:
     stream = {"Accept": "text/event-stream"}
     with empty.http() as client:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -13,7 +13,7 @@ import pytest
 import structlog
 from starlette.requests import Request
 
-from support.live_server import Live, wait_until
+from support.live_server import Live, is_ready, running, wait_until
 from synapse.commands import Context
 from synapse.config import Settings
 from synapse.server.app import create_app
@@ -47,6 +47,38 @@ def test_a_server_without_its_model_is_healthy_and_not_ready(empty: Live) -> Non
     assert response.status_code == 503
     (reason,) = response.json()["reasons"]
     assert "smollm2-135m" in reason
+
+
+def test_a_server_whose_model_was_unloaded_is_ready_and_says_what_is_so(model_home: Callable[[], Path]) -> None:
+    with running(model_home(), keep_alive="0") as live:
+        wait_until(lambda: is_ready(live), 60)
+        wait_until(lambda: httpx.get(f"{live.url}/ready").json()["engines"] == [])
+        assert httpx.get(f"{live.url}/ready").json()["ready"] is True
+        assert live.openai().models.retrieve("smollm2-135m").backend is None
+        assert live.command("engine/stats")["items"] == []
+        answer = live.openai().chat.completions.create(
+            model="smollm2-135m", messages=[{"role": "user", "content": "Hello"}], max_tokens=2
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 2
+        with live.openai().chat.completions.create(
+            model="smollm2-135m", messages=[{"role": "user", "content": "Hello"}], max_tokens=100, stream=True
+        ) as stream:
+            next(iter(stream))
+            assert len(live.command("engine/stats")["items"]) == 1
+        wait_until(lambda: live.command("engine/stats")["items"] == [])  # a client that hangs up lets go, too
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers(model_home: Callable[[], Path]) -> None:
+    with running(model_home(), max_model_bytes=2**20) as live:
+        wait_until(lambda: "needs" in str(live.state.loading))
+        assert httpx.get(f"{live.url}/ready").status_code == 503
+        body = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}]}
+        refused = httpx.post(f"{live.url}/v1/chat/completions", json=body)
+        assert refused.status_code == 503
+        error = refused.json()["error"]
+        assert error["code"] == "no_memory"
+        assert "all models together may take 1.05 MB" in error["message"]
 
 
 def test_neither_needs_a_key(empty: Live) -> None:

@@ -112,6 +112,7 @@ def test_an_error_in_any_thread_is_raised(index: PatternIndex, vectors: NDArray[
             scan_native(library, index._current(), vectors[:2], 3, None)
 
 
+@pytest.mark.usefixtures("compiles_once")
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [

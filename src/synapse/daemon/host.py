@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ from synapse.daemon.door import find_server
 from synapse.daemon.protocol import Disconnected
 from synapse.daemon.supervisor import Supervisor
 from synapse.daemon.worker import Start
-from synapse.engines.background import in_background
+from synapse.engines.background import Background
 from synapse.engines.client import EngineClient
 from synapse.engines.front_end import open_front_end
 from synapse.engines.host import EngineHost, ModelToOpen, OpenModel, open_engines
@@ -27,7 +27,7 @@ from synapse.engines.request import Event, Request
 from synapse.engines.residency import Lease, open_residency
 from synapse.engines.runner import EngineStats
 from synapse.models.adapters.files import LAYERS_FOLDER
-from synapse.models.gguf_file import open_model_file
+from synapse.models.head import read_head
 from synapse.models.library import open_library
 
 SLACK_BYTES = 2**30
@@ -38,12 +38,17 @@ async def open_in_workers(model: ModelToOpen) -> OpenModel:
     """Open a model in processes of its own, which map the same weights."""
     settings, limits = model.settings, limits_from(model.settings)
     native = settings.backend != "reference"
-    file = await asyncio.to_thread(open_model_file, model.path)
-    needed = needed_bytes(file, limits, native=native)
-    await model.make_room(needed)
-    if native and model.beside_others:
-        packed = settings.folder("packed")
-        await in_background(partial(prepare_packed, model.path, model.sha256, packed, limits.quantisation))
+    async with AsyncExitStack() as stack:
+        if model.beside_others:  # somebody may be answering meanwhile
+            background = await stack.enter_async_context(Background())
+            head = await background.run(partial(read_head, model.path))
+        else:
+            head = await asyncio.to_thread(read_head, model.path)
+        needed = needed_bytes(head, limits, native=native)
+        await model.make_room(needed)
+        if model.beside_others and native:
+            packed = settings.folder("packed")
+            await background.run(partial(prepare_packed, model.path, model.sha256, packed, limits.quantisation))
     supervisor = Supervisor(
         Start(model.path, model.name, settings),
         workers=settings.daemon.workers,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from synapse.engines.answering import ASKED_FOR, Answering
 from synapse.engines.cache.blocks import BLOCK_TOKENS, BlockPool
 from synapse.engines.cache.layers import LayerCache, LoadedLayer
-from synapse.engines.cache.memory import default_cache_tokens
+from synapse.engines.cache.memory import SHARE, default_cache_tokens, machine_memory
 from synapse.engines.checking import ContextOverflow, check_budget, check_request, check_stack
 from synapse.engines.choice import UNDECIDED
 from synapse.engines.counters import Counters
@@ -107,7 +107,7 @@ class Engine:
             names,
             transformer.prepare,
             max_layers=limits.max_layers,
-            max_bytes=limits.max_layer_bytes,
+            max_bytes=layer_bytes(limits),
         )
         self.counters = Counters()
         self._release = release
@@ -295,9 +295,11 @@ class Engine:
         self._ended.clear()
 
     def close(self) -> None:
-        """Give back threads and memory maps. No step may follow."""
+        """Give back memory, threads and files, whoever still refers to the engine. No step may follow."""
+        self.reset()
         self.layers.close()
         self._transformer.close()
+        self._cache.close()
         self._release()
 
     def _continue_safely(self, seq: Sequence, logits: StepLogits, row: int) -> list[Event]:
@@ -501,6 +503,11 @@ def cache_tokens(limits: Limits, context: int, token_bytes: int) -> int:
         token_bytes, limits.kv_cache_bytes, context=context, max_batch=limits.max_batch
     )
     return -(-max(tokens, context) // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def layer_bytes(limits: Limits) -> int:
+    """Bytes of layers that are kept: never more than an eighth of the machine's memory, as of the KV cache."""
+    return min(limits.max_layer_bytes, machine_memory() // SHARE)
 
 
 def overdue(seq: Sequence, now: float) -> DeadlineExceeded:

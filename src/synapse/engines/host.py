@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 from synapse.callosum.publish.publishing import publish
 from synapse.commands import Context
 from synapse.config import Settings, load_settings
-from synapse.engines.background import in_background
+from synapse.engines.background import Background
 from synapse.engines.client import EngineClient, Runner
 from synapse.engines.engine import Engine
 from synapse.engines.events import EngineClosed, EngineOpened
@@ -28,11 +28,9 @@ from synapse.engines.opening import NativeParts, check_backend, computes_nativel
 from synapse.engines.residency import MakeRoom, Reason, Residency, open_residency
 from synapse.engines.runner import EngineRunner
 from synapse.models.adapters.files import LAYERS_FOLDER
-from synapse.models.gguf_file import ModelFile, open_model_file
+from synapse.models.head import read_head
 from synapse.models.library import ModelLibrary, open_library
 from synapse.models.record import pre_tokenizer_of
-
-T = TypeVar("T")
 
 SWITCH_SECONDS = 0.0005
 """How soon a thread that wants the interpreter gets it while a model is opened: a step of an engine wants it several
@@ -63,7 +61,7 @@ def open_engine(
     settings = settings or load_settings()
     path = ModelLibrary(settings.folder("models")).resolve(model)
     native = NativeParts(Unsupervised(settings), settings.folder("packed"))
-    return engine_of(open_model_file(path), backend, limits or limits_from(settings), path.parent.name, native)
+    return engine_of(read_head(path), backend, limits or limits_from(settings), path.parent.name, native)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ class ModelToOpen:
 
     Attributes:
         sha256: of its file.
-        beside_others: whether other models are open, and somebody may be answering meanwhile.
+        beside_others: whether somebody uses another model meanwhile.
         make_room: to be awaited with the memory that it may take, before that is taken.
     """
 
@@ -107,7 +105,11 @@ class OpenModel:
 
 
 class EngineHost:
-    """Engines, by the content of their model files: one file under two names is one engine."""
+    """Engines, by the content of their model files: one file under two names is one engine.
+
+    Attributes:
+        residency: opens them, and closes those that nobody uses.
+    """
 
     def __init__(
         self,
@@ -116,15 +118,15 @@ class EngineHost:
         residency: Residency,
         opener: Callable[[ModelToOpen], Awaitable[OpenModel]] | None = None,
     ) -> None:
-        """No engine is open yet; the residency closes those that nobody uses.
+        """No engine is open yet.
 
         Args:
             opener: opens a model; `open_here` when left out.
         """
         self._library = library
         self._settings = settings
-        self._residency = residency
         self._opener = opener or open_here
+        self.residency = residency
 
     async def get(self, model: str) -> EngineClient:
         """A client of a model's engine, which is opened if it is not yet: that takes seconds, and holds up nobody else.
@@ -138,7 +140,7 @@ class EngineHost:
         path = self._library.resolve(model)
         sha256 = await self._sha256(path)
         content = " ".join(filter(None, (sha256, pre_tokenizer_of(path))))
-        lease = await self._residency.lease(content, path.parent.name, partial(self._open, path, sha256, content))
+        lease = await self.residency.lease(content, path.parent.name, partial(self._open, path, sha256, content))
         return EngineClient(lease.model.front, lease.model.runner, self._settings.home / LAYERS_FOLDER, lease)
 
     async def _sha256(self, path: Path) -> str:
@@ -147,12 +149,15 @@ class EngineHost:
         if known is not None:
             return known
         read = partial(source_sha256, path, folder)
-        return await (in_background(read) if self._residency.open_models() else asyncio.to_thread(read))
+        if not self.residency.others_in_use(None):
+            return await asyncio.to_thread(read)
+        async with Background() as background:
+            return await background.run(read)
 
     async def _open(self, path: Path, sha256: str, content: str, make_room: MakeRoom) -> OpenModel:
         started = time.perf_counter()
         check_backend(cast(Backend, self._settings.backend))
-        to_open = ModelToOpen(path, sha256, self._settings, self._residency.others(content), make_room)
+        to_open = ModelToOpen(path, sha256, self._settings, self.residency.others_in_use(content), make_room)
         model = await self._opener(to_open)
         publish("engine.opened", EngineOpened(model=to_open.name, seconds=time.perf_counter() - started))
         return model
@@ -164,7 +169,7 @@ class EngineHost:
 
     def models(self) -> dict[str, OpenModel]:
         """The models that are open, by the sha256 of their files and what their records say of tokenizers."""
-        found = self._residency.open_models()
+        found = self.residency.open_models()
         return {str(content): model for content, model in found.items() if isinstance(model, OpenModel)}
 
     def clients(self) -> list[EngineClient]:
@@ -175,34 +180,31 @@ class EngineHost:
 
 async def open_here(model: ModelToOpen) -> OpenModel:
     """Open a model in this process."""
-    settings, limits = model.settings, limits_from(model.settings)
-    backend, packed = cast(Backend, settings.backend), settings.folder("packed")
+    settings, limits, path = model.settings, limits_from(model.settings), model.path
+    backend, packed, checked = cast(Backend, settings.backend), settings.folder("packed"), None
     steps = Supervised(patient=backend == "auto")
-    with _switching_soon():
-        file, native = await asyncio.to_thread(_look, model.path, backend, steps)
-        await model.make_room(needed_bytes(file, limits, native=native))
-        checked = None
-        if native and model.beside_others:
-            checked = await in_background(
-                partial(prepare_packed, model.path, model.sha256, packed, limits.quantisation)
-            )
-        parts = NativeParts(steps, packed, checked)
-        engine = await _finished(lambda: engine_of(file, backend, limits, model.name, parts))
-    runner = EngineRunner(engine, max_active=settings.max_concurrent_requests)
-    return OpenModel(front_end_of(engine, model.path, model.name), runner)
-
-
-def _look(path: Path, backend: Backend, steps: Supervised) -> tuple[ModelFile, bool]:
-    """A model file, and whether its engine will be the native one."""
     if backend != "reference":
         steps.prepare()
-    file = open_model_file(path)
-    return file, computes_natively(file, backend, steps)
+    async with AsyncExitStack() as stack:
+        if model.beside_others:
+            stack.enter_context(_switching_soon())
+            background = await stack.enter_async_context(Background())
+            head = await background.run(partial(read_head, path))
+        else:
+            head = await asyncio.to_thread(read_head, path)
+        native = await asyncio.to_thread(computes_natively, head, backend, steps)
+        await model.make_room(needed_bytes(head, limits, native=native))
+        if model.beside_others and native:
+            checked = await background.run(partial(prepare_packed, path, model.sha256, packed, limits.quantisation))
+        parts = NativeParts(steps, packed, checked)
+        engine = await _finished(asyncio.to_thread(engine_of, head, backend, limits, model.name, parts))
+    runner = EngineRunner(engine, max_active=settings.max_concurrent_requests)
+    return OpenModel(front_end_of(engine, path, model.name), runner)
 
 
-async def _finished(work: Callable[[], Engine]) -> Engine:
+async def _finished(work: Coroutine[Any, Any, Engine]) -> Engine:
     """What comes of work in a thread, which nothing stops: an engine that nobody waits for any more is closed."""
-    opening = asyncio.create_task(asyncio.to_thread(work))
+    opening = asyncio.create_task(work)
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:

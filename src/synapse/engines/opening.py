@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from synapse.config import Settings, load_settings
 from synapse.engines.answering import ASKED_FOR, Answering
-from synapse.engines.engine import Engine, cache_tokens
+from synapse.engines.engine import Engine, cache_tokens, layer_bytes
 from synapse.engines.limits import Backend, Limits
 from synapse.engines.native.model import check_shape, cores
 from synapse.engines.native.packed.file import packed_size
@@ -23,10 +23,8 @@ from synapse.engines.reference.transformer import ReferenceTransformer, Transfor
 from synapse.engines.reference.weights import load_weights
 from synapse.errors import InvalidInput, Unavailable
 from synapse.log import Logger
-from synapse.models.chat_template import load_chat_template
-from synapse.models.gguf_file import ModelFile, open_model_file
+from synapse.models.head import ModelHead, read_head
 from synapse.models.in_use import hold
-from synapse.models.tokenizer import load_tokenizer
 
 log = Logger(__name__)
 
@@ -73,15 +71,19 @@ def open_engine_file(
         steps.prepare()
     settings = settings or load_settings()
     native = NativeParts(steps, settings.folder("packed"))
-    return engine_of(open_model_file(path), backend, limits or Limits(), name, native)
+    return engine_of(read_head(path), backend, limits or Limits(), name, native)
 
 
-def engine_of(file: ModelFile, backend: Backend, limits: Limits, name: str | None, native: NativeParts) -> Engine:
+def engine_of(model: ModelHead, backend: Backend, limits: Limits, name: str | None, native: NativeParts) -> Engine:
     """An engine of a model file; see `open_engine_file`."""
     threadpool_limits(limits.threads or max(1, cores() - 1), user_api="blas")
-    tokenizer, template = load_tokenizer(file), load_chat_template(file)
-    transformer, answering = _open_transformer(file, backend, limits, native)
-    return Engine(transformer, tokenizer, template, limits, name, release=hold(file.path.parent), answering=answering)
+    tokenizer, release = model.tokenizer.build(), hold(model.path.parent)
+    try:
+        transformer, answering = _open_transformer(model, backend, limits, native)
+        return Engine(transformer, tokenizer, model.chat_template, limits, name, release=release, answering=answering)
+    except BaseException:
+        release()
+        raise
 
 
 def check_backend(backend: Backend) -> None:
@@ -90,7 +92,7 @@ def check_backend(backend: Backend) -> None:
         raise InvalidInput(f"the backend is reference, native or auto, not {backend!r}")
 
 
-def computes_natively(file: ModelFile, backend: Backend, steps: Steps) -> bool:
+def computes_natively(model: ModelHead, backend: Backend, steps: Steps) -> bool:
     """Whether the engine of this file will be the native one, as far as can be known before its weights are read.
 
     Raises:
@@ -100,7 +102,7 @@ def computes_natively(file: ModelFile, backend: Backend, steps: Steps) -> bool:
         return False
     try:
         steps.check()
-        check_shape(file.config)
+        check_shape(model.config)
     except Unavailable:
         if backend == "native":
             raise
@@ -108,31 +110,31 @@ def computes_natively(file: ModelFile, backend: Backend, steps: Steps) -> bool:
     return True
 
 
-def needed_bytes(file: ModelFile, limits: Limits, *, native: bool) -> int:
+def needed_bytes(model: ModelHead, limits: Limits, *, native: bool) -> int:
     """The memory that an engine of this file may come to take: weights, KV cache, and layers."""
     if native:
-        weights, number = packed_size(file, limits.quantisation), 2
+        weights, number = packed_size(model, limits.quantisation), 2
     else:
-        weights, number = 4 * sum(map(prod, file.shapes.values())), 4
-    token = number * file.config.kv_numbers
-    return weights + token * cache_tokens(limits, context_of(file, limits), token) + limits.max_layer_bytes
+        weights, number = 4 * sum(map(prod, model.shapes.values())), 4
+    token = number * model.config.kv_numbers
+    return weights + token * cache_tokens(limits, context_of(model, limits), token) + layer_bytes(limits)
 
 
-def context_of(file: ModelFile, limits: Limits) -> int:
+def context_of(model: ModelHead, limits: Limits) -> int:
     """The longest sequence, in tokens."""
-    return min(file.config.context, limits.max_context)
+    return min(model.config.context, limits.max_context)
 
 
 def _open_transformer(
-    file: ModelFile, backend: Backend, limits: Limits, parts: NativeParts
+    model: ModelHead, backend: Backend, limits: Limits, parts: NativeParts
 ) -> tuple[Transformer[Any], Callable[[], Answering]]:
     """The transformer, and what says who computes with it."""
     why = ASKED_FOR
-    context = context_of(file, limits)
+    context = context_of(model, limits)
     if backend != "reference":
         try:
             native = open_native(
-                file,
+                model,
                 parts.packed,
                 context,
                 steps=parts.steps,
@@ -144,8 +146,8 @@ def _open_transformer(
         except Unavailable as error:
             if backend == "native":
                 raise
-            log.info("engine.reference", model=file.path.name, reason=error.message, hint=error.hint)
+            log.info("engine.reference", model=model.path.name, reason=error.message, hint=error.hint)
             why = Answering("reference", error.message, error.hint or "")
         else:
             return native, native.answering
-    return ReferenceTransformer(load_weights(file), context), lambda: why
+    return ReferenceTransformer(load_weights(model.file()), context), lambda: why

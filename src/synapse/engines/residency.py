@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 from synapse.commands import Context
 from synapse.commands.openings import Openings
-from synapse.engines.cache.memory import machine_memory
+from synapse.engines.cache.memory import give_back, machine_memory
 from synapse.errors import Unavailable
 from synapse.log import Logger
 
@@ -66,7 +66,7 @@ class _Place:
         return self.model is not None and not self.users and not self.closing
 
     def __str__(self) -> str:
-        doing = "being opened" if self.model is None else "being closed" if self.closing else "in use"
+        doing = "being closed" if self.closing else "being opened" if self.model is None else "in use"
         return f"{self.name} ({in_words(self.bytes)}, {'idle' if self.idle else doing})"
 
 
@@ -87,9 +87,11 @@ class Residency:
 
         Args:
             keep_alive: seconds that a model stays open when nobody uses it; infinity means for ever.
-            limit: bytes that all models may take together; 0 means three quarters of the machine's memory.
+            limit: bytes that all models may take together; 0 means three quarters of the machine's memory, or what one
+                model needs that is alone: most of what is counted is taken only as it fills.
         """
         self.limit = limit or int(SHARE * machine_memory())
+        self._strict = bool(limit)
         self._keep_alive = keep_alive
         self._openings: Openings[Hashable, _Place] = Openings()
         self._places: dict[Hashable, _Place] = {}
@@ -129,9 +131,9 @@ class Residency:
         """The models that are open, by their keys, in the order in which they were opened."""
         return {key: place.model for key, place in self._openings.values().items() if place.model is not None}
 
-    def others(self, key: Hashable) -> bool:
-        """Whether another model than that of this key is open, or being opened or closed."""
-        return any(place.key != key for place in (*self._places.values(), *self._closing))
+    def others_in_use(self, key: Hashable) -> bool:
+        """Whether somebody uses another model than that of this key."""
+        return any(place.users and place.model is not None for k, place in self._places.items() if k != key)
 
     @property
     def bytes(self) -> int:
@@ -181,7 +183,8 @@ class Residency:
         async with self._memory:
             while True:
                 others = [each for each in (*self._places.values(), *self._closing) if each is not place]
-                free = self.limit - sum(each.bytes for each in others)
+                limit = self.limit if self._strict else max(self.limit, needed)
+                free = limit - sum(each.bytes for each in others)
                 if needed <= free:
                     break
                 idle = sorted((each for each in others if each.idle), key=lambda each: each.idle_since)
@@ -218,19 +221,26 @@ class Residency:
             self._timer = loop.call_at(due, self._close_overdue)
 
     def _close(self, place: _Place, reason: Reason) -> None:
-        model, place.closing = place.model, True
+        place.closing = True
         self._places.pop(place.key, None)
         self._openings.forget(place.key)
-        assert model is not None  # noqa: S101 (only what is open is closed)
-        task = self._closing[place] = asyncio.create_task(model.close(reason))
+        task = self._closing[place] = asyncio.create_task(_give_up(place, reason))
 
         def closed(task: asyncio.Task[None]) -> None:
             del self._closing[place]
-            place.model = None
             if not task.cancelled() and (error := task.exception()) is not None:
                 log.error("closing a model failed", model=place.name, exc_info=error)
 
         task.add_done_callback(closed)
+
+
+async def _give_up(place: _Place, reason: Reason) -> None:
+    """Close the model of a place, and return its memory to the system."""
+    model, place.model = place.model, None
+    assert model is not None  # noqa: S101 (only what is open is closed)
+    await model.close(reason)
+    del model  # an encoder has no more than memory, which goes with the last who refers to it
+    await asyncio.to_thread(give_back)
 
 
 def _no_memory(name: str, needed: int, limit: int, others: list[_Place]) -> NoMemory:

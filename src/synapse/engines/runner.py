@@ -96,7 +96,7 @@ class EngineRunner:
         self._closing = False
         engine.layers.on_fetched = self._layer_is_there
         # One at a time, beside everything else that waits for a thread: schemas of strangers take seconds.
-        self._compiler = ThreadPoolExecutor(1, "synapse-grammar")
+        self._compiler = ThreadPoolExecutor(4, "synapse-grammar")
         self._thread = threading.Thread(target=self._run, name="synapse-engine", daemon=True)
         self._thread.start()
 

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from mmap import mmap
 from typing import Any
 
@@ -26,6 +27,10 @@ MAX_HEADER_BYTES = 2**20
 MAX_DIMENSIONS = 8
 ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
 """The types that `read_tensor` turns into float32."""
+_EXPONENT = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
+"""Words of that size, and the bits of the exponent in them."""
+_PIECE = 2**16
+"""Words looked at together: they stay in the cache."""
 HINT = "the file is damaged or was not written whole: fetch or save it again"
 
 
@@ -66,8 +71,8 @@ def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _whole(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+def _whole(values: list[Any]) -> bool:
+    return all([type(value) is int and 0 <= value < 2**63 for value in values])  # noqa: C419 (a generator is slower)
 
 
 def _slot(name: str, entry: object, start: int, size: int, item_bytes: Mapping[str, int]) -> TensorSlot:
@@ -81,11 +86,11 @@ def _slot(name: str, entry: object, start: int, size: int, item_bytes: Mapping[s
             f"tensor {name!r} has the type {dtype!r}; what is read is {', '.join(item_bytes)}",
             hint="save it in float32, float16 or bfloat16",
         )
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_whole(n) for n in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not _whole(shape):
         raise LayerCorrupt("bad_header", f"tensor {name!r} has no valid shape", hint=HINT)
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _whole(offsets):
         raise LayerCorrupt("bad_header", f"tensor {name!r} has no valid data_offsets", hint=HINT)
-    begin, end = (start + offset for offset in offsets)
+    begin, end = start + offsets[0], start + offsets[1]
     if end > size:
         raise LayerCorrupt(
             "truncated", f"tensor {name!r} should end at byte {end}, but the file has {size} bytes", hint=HINT
@@ -142,6 +147,28 @@ def read_header(data: bytes | mmap, item_bytes: Mapping[str, int] = ITEM_BYTES) 
     if position != size:
         raise LayerCorrupt("size_lie", f"the tensors end at byte {position}, but the file has {size} bytes", hint=HINT)
     return ordered
+
+
+def not_finite(data: bytes | mmap, slots: Mapping[str, TensorSlot]) -> str | None:
+    """The first tensor with a value that is NaN or infinite, or None: one whose bits of the exponent are all ones.
+
+    Args:
+        slots: of `read_header`; they follow one another without a gap.
+    """
+    for names in _of_one_type(slots):
+        word, exponent = _EXPONENT[slots[names[0]].dtype]
+        begin, end = slots[names[0]].begin, slots[names[-1]].end
+        words = np.frombuffer(data, word, (end - begin) // np.dtype(word).itemsize, begin)
+        for first in range(0, len(words), _PIECE):
+            if (words[first : first + _PIECE] & exponent).max() == exponent:
+                bad = begin + words.itemsize * int(((words & exponent) == exponent).argmax())
+                return next(name for name in names if slots[name].end > bad)
+    return None
+
+
+def _of_one_type(slots: Mapping[str, TensorSlot]) -> list[list[str]]:
+    """The names of tensors of one type that follow one another."""
+    return [list(names) for _, names in groupby(slots, lambda name: slots[name].dtype)]
 
 
 def read_tensor(data: bytes | mmap, slot: TensorSlot) -> NDArray[np.float32]:

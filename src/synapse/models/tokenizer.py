@@ -6,11 +6,14 @@ cut into words before merging, and SentencePiece's BPE (``llama`` in GGUF), wher
 
 from __future__ import annotations
 
+import pickle
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
+from typing import Generic, TypeVar
 
 import structlog
 import tokenizers
@@ -21,6 +24,8 @@ from synapse.models.errors import ModelFileCorrupt, UnsupportedModel
 from synapse.models.gguf_file import ModelFile
 from synapse.models.pre_tokenizers import HOW_TO_SAY, PRE_TOKENIZERS, UNSAID, byte_of_character, pre_tokenizer_name
 from synapse.models.record import pre_tokenizer_of
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +38,8 @@ CONTROL_SHAPE = re.compile(r"<[|\uff5c].+[|\uff5c]>|</?s>|<(?:start|end)_of_turn
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SLICE = 1000
+"""Items of a list that are read from a pickle at once: less than a millisecond."""
 MOST_SPLIT_STEPS = 10**8  # of all tokens together, when merges are worked out from scores
 
 
@@ -45,6 +52,23 @@ class TokenType(IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
+
+
+class Slices(Generic[T]):
+    """A long list that pickles in pieces, none of which keeps the interpreter for long when it is read again."""
+
+    def __init__(self, items: Iterable[T] = (), pieces: Sequence[bytes] = ()) -> None:
+        self._items = items
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[T]:
+        yield from self._items
+        for piece in self._pieces:
+            yield from pickle.loads(piece)  # noqa: S301 (it comes from `__reduce__`)
+
+    def __reduce__(self) -> tuple[type[Slices[T]], tuple[tuple[()], list[bytes]]]:
+        items = list(self)
+        return Slices, ((), [pickle.dumps(items[i : i + SLICE]) for i in range(0, len(items), SLICE)])
 
 
 class Tokenizer:
@@ -120,6 +144,62 @@ class Tokenizer:
         return str(self._backend.to_str())
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizerParts:
+    """What a tokenizer is made of, worked out and checked: `build` is quick. It pickles, for another process.
+
+    Attributes:
+        pre: the rule of `PRE_TOKENIZERS`; None for SentencePiece.
+        prefix: whether SentencePiece puts a space before each stretch of text.
+        unknown: SentencePiece's token for what has no other.
+        tokens: of the vocabulary; the first of those that are alike is the one that text becomes.
+        pieces: the bytes of each token.
+    """
+
+    pre: str | None
+    prefix: bool
+    unknown: str | None
+    tokens: Slices[str]
+    merges: Slices[tuple[str, str]]
+    pieces: Slices[bytes]
+    first_ids: Mapping[int, int]
+    control: tuple[str, ...]
+    user_defined: tuple[str, ...]
+    bos_id: int | None
+    eos_ids: frozenset[int]
+    add_bos: bool
+
+    def build(self) -> Tokenizer:
+        """The tokenizer."""
+        ids: dict[str, int] = {}
+        for token, text in enumerate(self.tokens):
+            if text:
+                ids.setdefault(text, token)
+        merges = list(self.merges)
+        if self.pre is not None:
+            rule = PRE_TOKENIZERS[self.pre]
+            backend = tokenizers.Tokenizer(models.BPE(ids, merges, ignore_merges=rule.ignore_merges))
+            backend.normalizer = rule.normalizer()
+            backend.pre_tokenizer = rule.pre_tokenizer()
+            backend.decoder = decoders.ByteLevel()
+        else:
+            backend = tokenizers.Tokenizer(
+                models.BPE(ids, merges, unk_token=self.unknown, fuse_unk=True, byte_fallback=True)
+            )
+            _spell_as_sentencepiece(backend, prefix=self.prefix)
+        backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in self.control])
+        backend.add_tokens([AddedToken(text, normalized=False) for text in self.user_defined])
+        return Tokenizer(
+            backend,
+            pieces=list(self.pieces),
+            first_ids=self.first_ids,
+            special_tokens={text: ids[text] for text in self.control},
+            bos_id=self.bos_id,
+            eos_ids=self.eos_ids,
+            add_bos=self.add_bos,
+        )
+
+
 def load_tokenizer(file: ModelFile) -> Tokenizer:
     """The tokenizer of a model. Where its file does not say how words are cut, the record beside it may.
 
@@ -127,6 +207,15 @@ def load_tokenizer(file: ModelFile) -> Tokenizer:
         ModelFileCorrupt: its metadata is missing or contradicts itself.
         UnsupportedModel: it is of a kind, or cuts words in a way, that is not known here.
         InvalidInput: the record says a way that is not known.
+    """
+    return tokenizer_parts(file).build()
+
+
+def tokenizer_parts(file: ModelFile) -> TokenizerParts:
+    """What the tokenizer of a model is made of.
+
+    Raises:
+        as `load_tokenizer`.
     """
     vocabulary = _Vocabulary(file.metadata)
     kind = file.metadata.get("tokenizer.ggml.model")
@@ -140,49 +229,43 @@ def load_tokenizer(file: ModelFile) -> Tokenizer:
                 reason=f"{UNSAID}; GPT-2's rule is used, and numbers and spaces may come out wrong",
                 hint=HOW_TO_SAY,
             )
-        rule = PRE_TOKENIZERS[pre or "default"]
-        backend = tokenizers.Tokenizer(
-            models.BPE(vocabulary.ids, vocabulary.listed_merges(), ignore_merges=rule.ignore_merges)
-        )
-        backend.normalizer = rule.normalizer()
-        backend.pre_tokenizer = rule.pre_tokenizer()
-        backend.decoder = decoders.ByteLevel()
-        add_bos, pieces = rule.add_bos, vocabulary.byte_level_pieces()
+        rule, unknown = pre or "default", None
+        merges, pieces = vocabulary.listed_merges(), vocabulary.byte_level_pieces()
+        add_bos = PRE_TOKENIZERS[rule].add_bos
     elif kind == "llama":
-        backend = _sentencepiece(vocabulary, prefix=vocabulary.flag("add_space_prefix", True))
-        add_bos, pieces = True, vocabulary.sentencepiece_pieces()
+        rule, unknown = None, next((text for text, kind in vocabulary.typed() if kind == TokenType.UNKNOWN), None)
+        merges, pieces = vocabulary.scored_merges(), vocabulary.sentencepiece_pieces()
+        add_bos = True
     else:
         raise UnsupportedModel(
             f"the tokenizer kind {str(kind)[:40]!r} is not supported",
             hint="supported are gpt2 (byte-level BPE) and llama (SentencePiece BPE)",
         )
-    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in vocabulary.control])
-    backend.add_tokens([AddedToken(text, normalized=False) for text in vocabulary.user_defined])
     bos_id = vocabulary.id_of("bos")
-    return Tokenizer(
-        backend,
-        pieces=pieces,
+    return TokenizerParts(
+        pre=rule,
+        prefix=vocabulary.flag("add_space_prefix", True),
+        unknown=unknown,
+        tokens=Slices(vocabulary.tokens),
+        merges=Slices(merges),
+        pieces=Slices(pieces),
         first_ids=vocabulary.first_ids,
-        special_tokens={text: vocabulary.ids[text] for text in vocabulary.control},
+        control=tuple(vocabulary.control),
+        user_defined=tuple(vocabulary.user_defined),
         bos_id=bos_id,
         eos_ids=vocabulary.end_ids(),
         add_bos=vocabulary.flag("add_bos_token", add_bos) and bos_id is not None,
     )
 
 
-def _sentencepiece(vocabulary: _Vocabulary, *, prefix: bool) -> tokenizers.Tokenizer:
+def _spell_as_sentencepiece(backend: tokenizers.Tokenizer, *, prefix: bool) -> None:
     """As the tokenizer.json of Llama 2 and Mistral: each stretch between control tokens begins with an extra space."""
-    unknown = next((text for text, kind in vocabulary.typed() if kind == TokenType.UNKNOWN), None)
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocabulary.ids, vocabulary.scored_merges(), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
     space = [normalizers.Prepend(SPACE)] if prefix else []
     backend.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    return backend
 
 
 class _Vocabulary:
@@ -192,7 +275,10 @@ class _Vocabulary:
         self._metadata = metadata
         tokens = self._strings("tokens")
         # Some official files have an entry twice, or empty ones: the first id is the one that text becomes.
-        self.ids = {text: i for i, text in reversed([*enumerate(tokens)]) if text}
+        self.ids: dict[str, int] = {}
+        for i, text in enumerate(tokens):
+            if text:
+                self.ids.setdefault(text, i)
         if not self.ids:
             raise ModelFileCorrupt("all tokens of the tokenizer are empty")
         self.first_ids = {i: self.ids[text] for i, text in enumerate(tokens) if text and self.ids[text] != i}
@@ -200,7 +286,7 @@ class _Vocabulary:
         if not isinstance(kinds, list) or len(kinds) != len(tokens):
             raise ModelFileCorrupt("the tokenizer must have one token type for each token")
         self._kinds = kinds
-        self._tokens = tokens
+        self.tokens = tokens
         # Whatever its type says, a token that begins or ends texts is not something a user can write.
         marks = {tokens[i] for i in map(self.id_of, ("bos", "eos", "eot")) if i is not None}
         marks |= END_OF_TURN
@@ -221,7 +307,7 @@ class _Vocabulary:
         return values
 
     def typed(self) -> zip[tuple[str, int]]:
-        return zip(self._tokens, self._kinds, strict=True)
+        return zip(self.tokens, self._kinds, strict=True)
 
     def id_of(self, name: str) -> int | None:
         """The id of the token that plays a role, for example ``bos``."""
@@ -229,8 +315,8 @@ class _Vocabulary:
         value = self._metadata.get(key)
         if value is None:
             return None
-        if not isinstance(value, int) or not 0 <= value < len(self._tokens):
-            raise ModelFileCorrupt(f"{key} is {str(value)[:40]}, but there are {len(self._tokens)} tokens")
+        if not isinstance(value, int) or not 0 <= value < len(self.tokens):
+            raise ModelFileCorrupt(f"{key} is {str(value)[:40]}, but there are {len(self.tokens)} tokens")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -259,13 +345,13 @@ class _Vocabulary:
         A token can come from each way to cut it into two tokens; better scores come first, then longer halves.
         """
         scores = self._metadata.get("tokenizer.ggml.scores")
-        if not isinstance(scores, list) or len(scores) != len(self._tokens):
+        if not isinstance(scores, list) or len(scores) != len(self.tokens):
             raise ModelFileCorrupt("the tokenizer must have one score for each token")
-        if sum(len(text) ** 2 for text in self._tokens) > MOST_SPLIT_STEPS:
+        if sum(len(text) ** 2 for text in self.tokens) > MOST_SPLIT_STEPS:
             raise ModelFileCorrupt("the tokens are too long to be words")
         whole = {t for t, k in self.typed() if k in (TokenType.NORMAL, TokenType.UNUSED)} - set(self.control)
         merges: list[tuple[float, int, int, str, str]] = []
-        for i, (text, score) in enumerate(zip(self._tokens, scores, strict=True)):
+        for i, (text, score) in enumerate(zip(self.tokens, scores, strict=True)):
             if text not in whole or self.ids.get(text) != i:
                 continue
             cuts = ((text[:i], text[i:]) for i in range(1, len(text)))
@@ -278,7 +364,7 @@ class _Vocabulary:
     def byte_level_pieces(self) -> list[bytes]:
         bytes_of, control, added = byte_of_character(), set(self.control), set(self.user_defined)
         pieces = []
-        for text in self._tokens:
+        for text in self.tokens:
             if text in control:
                 pieces.append(b"")
             elif text in added or not all(character in bytes_of for character in text):

@@ -1,6 +1,6 @@
 """An exact index of vectors: the k nearest of some hundreds of thousands, as fast as few bytes can be read.
 
-`pattern_scan` defines the scores and how the nearest are found; `pattern_codes` the codes that make it fast.
+`scan.py` defines the scores and how the nearest are found; `codes.py` the codes that make it fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The native scan: `pattern_search.mojo` finds the candidates, `pattern_scan.nearest` their exact scores.
+"""The native scan: `pattern_search.mojo` finds the candidates, `scan.nearest` their exact scores.
 
 Scores are compared in the frame of the codes; a constant and a positive factor per query do not matter. With w the
 query that a row's product is taken with, step·ŵ its own codes and ŷ a row's:

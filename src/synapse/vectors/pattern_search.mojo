@@ -1,6 +1,6 @@
 """The native scan of `pattern_search`: which rows could be among the k nearest, from 4-bit codes with proven bounds.
 
-`pattern_codes.py` describes the codes, `pattern_native.py` the bounds and what is done with the answer. The threads of a
+`codes.py` describes the codes, `kernel.py` the bounds and what is done with the answer. The threads of a
 search each make one call, and the calls share the rows: each takes the next piece until none is left.
 
 1. Sixteen rows at a time, the high halves of the codes give an upper bound of each score. A row whose bound is below the
@@ -52,7 +52,7 @@ comptime LOWEST = Float32.MIN_FINITE
 
 @fieldwise_init
 struct Scan(Copyable, Movable):
-    """One call. Every field is eight bytes, as in `pattern_native.ScanCall`."""
+    """One call. Every field is eight bytes, as in `kernel.ScanCall`."""
 
     var lines: Int  # of a group: dimensions / 8
     var rows: Int

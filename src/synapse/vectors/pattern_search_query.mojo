@@ -1,14 +1,15 @@
 """What the scan of `pattern_search` needs of a query: its own eight-bit codes, and the terms of its scores and bounds.
 
-`pattern_native.py` says why these bound a score.
+`kernel.py` says why these bound a score.
 """
 
 from std.math import sqrt
 
-comptime SCORE_SLACK = 2.0**-22  # as in pattern_codes.py, for this and the next
+comptime SCORE_SLACK = 2.0**-22  # as in codes.py, for this and the next
 comptime SCORE_UNDERFLOW = 2.0**-148
 comptime UNDERFLOW = 1e-30  # more than float32 arithmetic on codes loses at its lower end
 comptime MARGIN = 1 + 2.0**-20  # more than rounding to float32 takes away
+comptime FLOAT64_SLACK = 2.0**-40  # more than float64 loses of a length where w and step·ŵ cancel, per unit of |w|
 
 comptime Codes = Pointer[Int8, MutUntrackedOrigin]
 comptime Floats = Pointer[Float32, MutUntrackedOrigin]
@@ -30,7 +31,7 @@ struct Query(Copyable, Movable):
 
 @fieldwise_init
 struct Preparation(Copyable, Movable):
-    """One call of `prepare`. Every field is eight bytes, as in `pattern_native.PrepareCall`."""
+    """One call of `prepare`. Every field is eight bytes, as in `kernel.PrepareCall`."""
 
     var queries: Int
     var dimensions: Int
@@ -73,8 +74,10 @@ def prepare(call: Preparation, query: Int):
     ref terms = call.terms.unsafe_offset(query)[]
     terms.step = step
     terms.total = step * Float32(total)
-    terms.norm = (distance(call, q, 0, 0) * scale * MARGIN).cast[DType.float32]()
-    terms.error = (distance(call, q, query, step.cast[DType.float64]() / scale) * scale * MARGIN).cast[DType.float32]()
+    var norm = distance(call, q, 0, 0) * scale
+    var error = distance(call, q, query, step.cast[DType.float64]() / scale) * scale + norm * FLOAT64_SLACK
+    terms.norm = (norm * MARGIN).cast[DType.float32]()
+    terms.error = (error * MARGIN).cast[DType.float32]()
     terms.slack = (min(slack, 1e30) * MARGIN).cast[DType.float32]()
     terms.bias = bias.cast[DType.float32]()
 

@@ -14,7 +14,7 @@ surely reach, and a row whose upper bound is below it cannot be among the neares
 computed as defined above, by one function for both scans, so their answers are the same to the last bit.
 
 The reference's first pass is a float32 matrix product of the vectors themselves; the native one reads the codes of
-`pattern_codes`, an eighth of the bytes.
+`codes.py`, an eighth of the bytes.
 """
 
 from __future__ import annotations

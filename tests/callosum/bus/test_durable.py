@@ -10,6 +10,7 @@ import pytest
 
 from callosum.bus.handlers import AT_ONCE, NEVER, ONCE, Gate, Payloads, Seen, fails, text, turns, until
 from callosum.log.log_backends import Backend, note, said
+from synapse.callosum.bus import subscription
 from synapse.callosum.bus.bus import Bus
 from synapse.callosum.bus.delivery.backoff import Backoff, Retry
 from synapse.callosum.bus.delivery.breaker import BreakerPolicy, State
@@ -98,7 +99,10 @@ async def test_a_message_that_ends_every_process_that_has_it_is_dead_at_last_and
     assert letter.error == "10 deliveries of it ended without an outcome"
 
 
-async def test_what_waits_behind_a_slow_handler_while_consumers_come_and_go_has_all_its_attempts(log: Log) -> None:
+async def test_what_waits_behind_a_slow_handler_while_consumers_come_and_go_has_all_its_attempts(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscription, "GRACE_S", 0.05)
     sent = [str(number) for number in range(8)]
     gate = Gate()
     for _ in range(6):  # more often than a message may fail
@@ -109,6 +113,7 @@ async def test_what_waits_behind_a_slow_handler_while_consumers_come_and_go_has_
             begun = len(gate.begun)
             await until(lambda begun=begun: len(gate.begun) > begun)  # type: ignore[misc]
             await asyncio.sleep(0.15)  # the lease ends while they wait
+            await bus.close(0.05)  # nobody opens the gate, however long it waits
 
     failed: list[str] = []
     seen = Seen()
@@ -133,6 +138,7 @@ async def test_a_bus_that_closes_gives_back_at_once_what_it_has_not_handled(log:
         bus.subscribe("test.noted", gate, group="workers", lease_s=600)
         await bus.publish_many([note(str(number)) for number in range(5)])
         await until(lambda: gate.begun)
+        await bus.close(0.05)
     async with Bus(log=log) as bus:
         bus.subscribe("test.noted", seen, group="workers", lease_s=600)
         await until(lambda: len(seen.texts) == 5)

@@ -1,4 +1,4 @@
-"""A home in which the engine's kernel answers, made once."""
+"""What tests of the native engine share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from threadpoolctl import threadpool_limits
 
-from support.native_engine import living_in, put_kernel, wait_until_ready
+from support.native_engine import wait_until_ready
 from synapse.engines.native.model import NativeModel
 
 
@@ -17,14 +17,6 @@ def _one_blas_thread() -> Iterator[None]:
     """Threads of BLAS spin for one another, which on small matrices and a busy machine takes longer than the work."""
     with threadpool_limits(1, user_api="blas"):
         yield
-
-
-@pytest.fixture(scope="session")
-def native_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with the kernel, after its burn-in."""
-    home = put_kernel(tmp_path_factory.mktemp("native") / "home")
-    with living_in(home):
-        return home
 
 
 @pytest.fixture

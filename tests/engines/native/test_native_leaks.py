@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
@@ -89,3 +90,23 @@ def test_ten_thousand_requests_come_and_go(engine: Engine, tmp_path: Path) -> No
         assert finish(engine, requests()) == count
 
     assert growth(answer, 2000, 10_000) < SPARE
+
+
+def test_engines_come_and_go(at_home: Path, tmp_path: Path) -> None:
+    """A closed engine gives back its weights, its KV cache, its threads and its map of the packed file."""
+    path = build_tiny_model(tmp_path / "tiny.gguf", "llama", storage="Q8_0").path
+    before = threading.active_count()
+
+    def open_and_close(count: int) -> None:
+        for _ in range(count):
+            opened = open_engine_file(path, "native", Limits(max_context=64, max_batch=16, threads=2))
+            layer = opened.load_layer(adapter)
+            requests = [Request((5, 6, n), ((layer, 1.0),), max_tokens=40, ignore_eos=True) for n in range(3, 19)]
+            assert finish(opened, iter(requests)) == 16
+            opened.close()
+
+    config = open_engine_file(path, "reference").config
+    adapter = write_adapter(tmp_path / "layer", tiny_adapter(config))
+    assert growth(open_and_close, 10, 60) < SPARE
+    assert threading.active_count() == before
+    assert ".pack" not in Path("/proc/self/maps").read_text()

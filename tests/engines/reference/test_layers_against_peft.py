@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from support.tiny_models import TinyModel, build_tiny_model, reference_logits
 from synapse.engines import Engine, Limits
@@ -107,8 +107,10 @@ def test_two_weighted_layers_at_once(tiny: TinyModel, tiny_engine: Engine, tmp_p
 
 
 @pytest.mark.slow
-def test_two_weighted_layers_on_the_default_model(engine: Engine, default_model: Path, tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(default_model.parent, gguf_file=default_model.name, dtype=torch.float32)
+def test_two_weighted_layers_on_the_default_model(
+    engine: Engine, transformers_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    base = transformers_model
     first = save_random_layer(base, tmp_path / "a", 1, r=4, lora_alpha=9, target_modules=["q_proj", "v_proj"])
     second = save_random_layer(base, tmp_path / "b", 2, r=64, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     model = PeftModel.from_pretrained(base, str(first), adapter_name="a")
@@ -117,5 +119,6 @@ def test_two_weighted_layers_on_the_default_model(engine: Engine, default_model:
     model.set_adapter("stack")
     ids = engine.tokenizer.encode("The lighthouse keeper wrote in his log:")
     expected = reference_logits(model.eval(), ids)
+    model.unload()
     found = engine.logits(ids, [(engine.load_layer(first), 0.5), (engine.load_layer(second), 0.3)])
     assert relative_error(found, expected) < 1e-3

@@ -27,17 +27,17 @@ LONG: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def busy(model_home: Callable[[], Path]) -> Iterator[Live]:
-    """A server that answers two at once, within a second and a half."""
-    with running(model_home(), max_concurrent_requests=2, request_timeout=1.5) as server:
+def busy(make_model_home: Callable[[], Path]) -> Iterator[Live]:
+    """A server that answers two at once, within a second and a half: the reference takes longer for a long one."""
+    with running(make_model_home(), backend="reference", max_concurrent_requests=2, request_timeout=1.5) as server:
         wait_until(lambda: is_ready(server), 60)
         yield server
 
 
 @pytest.fixture(scope="module")
-def patient(model_home: Callable[[], Path]) -> Iterator[Live]:
-    """A server that answers one at a time, for as long as it takes."""
-    with running(model_home(), max_concurrent_requests=1) as server:
+def patient(make_model_home: Callable[[], Path]) -> Iterator[Live]:
+    """A server that answers one at a time, for as long as it takes: with the reference that is long."""
+    with running(make_model_home(), backend="reference", max_concurrent_requests=1) as server:
         wait_until(lambda: is_ready(server), 60)
         yield server
 

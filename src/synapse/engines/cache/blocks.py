@@ -230,6 +230,10 @@ class KVCache:
         values = self._values[layer][:, index].reshape(shape)
         return keys[:, :length], values[:, :length]
 
+    def close(self) -> None:
+        """Give the memory back. Nothing is kept any more."""
+        self._keys = self._values = np.empty((0, 0, 0, 0, 0), np.float32)
+
 
 def untouched_zeros(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
     """Zeros whose memory is taken page by page when it is first written.

@@ -82,7 +82,7 @@ class LayerCache:
         self._loader = LayerLoader(self.read)
         self._fetched: SimpleQueue[tuple[str, Future[LoadedLayer]]] = SimpleQueue()
         self._fetching: set[str] = set()
-        self.on_fetched: Callable[[], None] = lambda: None
+        self.on_fetched: Callable[[], None] = _nobody_waits
         """Called in the loader's thread when `take_fetched` has something to give."""
         self.reads = 0
         self.evictions = 0
@@ -211,8 +211,11 @@ class LayerCache:
         self._layers.pop(layer_id, None)
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading, and let go of all layers."""
         self._loader.close()
+        self._layers.clear()
+        self._fetched = SimpleQueue()
+        self.on_fetched = _nobody_waits  # whoever waited refers to the engine, which else waits for the collector
 
     def _path(self, layer_id: str) -> Path:
         path = self._paths.get(layer_id)
@@ -244,6 +247,10 @@ class LayerCache:
 
     def _tell(self, topic: str, layer: Layer) -> None:
         publish(topic, LayerInMemory(layer=layer.id, model=", ".join(self._names), bytes=layer.bytes))
+
+
+def _nobody_waits() -> None:
+    """Nothing is to be told."""
 
 
 def _signature(folder: Path) -> Signature:

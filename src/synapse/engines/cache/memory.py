@@ -1,12 +1,13 @@
-"""How much memory the KV cache may take when nobody says."""
+"""The memory of this machine: how much there is, how much of it the KV cache may take, and giving it back."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 SHARE = 8
-"""The part of the machine's memory that one engine's KV cache may take at most: an eighth."""
+"""The part of the machine's memory that one engine's KV cache may take at most, and its layers: an eighth each."""
 BATCHES = 4
 """No more than this many batches of sequences of the longest length are ever kept."""
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -24,3 +25,10 @@ def machine_memory() -> int:
     if hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(limits, default=4 * 2**30)
+
+
+def give_back() -> None:
+    """Return freed memory to the system. glibc keeps most of what a model had, once larger pieces have been freed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -13,6 +13,8 @@ from synapse.engines.grammar.constraint import Compiled, Constraint, Vocabulary
 from synapse.engines.grammar.errors import BadGrammar
 from synapse.engines.grammar.keys import Keys
 from synapse.engines.grammar.schema import prepare_schema
+from synapse.engines.grammar.trial import TRIAL
+from synapse.engines.grammar.trial_program import LIMITS
 from synapse.engines.request import Grammar
 from synapse.models.tokenizer import Tokenizer
 
@@ -20,11 +22,11 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 LONGEST_SOURCE = 2**17
-"""Characters of a schema or expression. The worst of that length take about three seconds and 30 MB."""
+"""Characters of a schema or expression. What `TRIAL` lets pass of that length takes 30 MB at most."""
 CACHE_BYTES = 64 * 2**20
 """Memory for compiled grammars, by the estimate of `_cost`."""
 SEARCH_SECONDS = 2.0
-"""For the shortest answer there is."""
+"""For the shortest answer there is, of the processor."""
 _JSON_STYLE: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -46,7 +48,7 @@ class Grammars:
         self._longest = longest
         self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=len(pieces), eos_token=[*self._vocabulary.eos])
         self._completions = Completions(tokenizer)
-        self._limits = LLParserLimits(max_grammar_size=150_000, max_lexer_states=50_000, verbose_errors=False)
+        self._limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]
         self._compiled: OrderedDict[Grammar, Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -73,20 +75,22 @@ class Grammars:
         kind = grammar.kind.replace("_", " ")
         if len(grammar.source) > LONGEST_SOURCE:
             raise BadGrammar(f"the {kind} has {len(grammar.source)} characters; at most {LONGEST_SOURCE} are read")
-        open_keys = False
+        open_keys = simple = False
         if grammar.kind == "regex":
             source = LLMatcher.grammar_from_regex(grammar.source)
         else:
-            schema, open_keys = prepare_schema(
+            schema, open_keys, simple = prepare_schema(
                 '{"type": "object"}' if grammar.kind == "json_object" else grammar.source
             )
             source = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE)
+        fault = "" if simple else TRIAL.fault(source)
+        if fault:
+            raise _unusable(kind, fault)
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
         scout = LLMatcher(self._completions.scout_tokenizer, source, log_level=0, limits=self._limits)
         for each in (matcher, scout):
             if each.is_error():
-                reason = each.get_error().splitlines()[0]
-                raise BadGrammar(f"the {kind} cannot be used as a constraint: {reason}")
+                raise _unusable(kind, each.get_error().splitlines()[0])
         keys = Keys() if open_keys else None
         shortest = self._completions.search(scout, keys, self._longest, states=50_000, seconds=SEARCH_SECONDS)
         if shortest is None or len(self._completions.tokens(shortest)) > self._longest:
@@ -100,3 +104,9 @@ class Grammars:
 def _cost(grammar: Grammar) -> int:
     """About how many bytes a compiled grammar takes, as measured: states of its lexer come with use."""
     return 2**19 + 256 * len(grammar.source)
+
+
+def _unusable(kind: str, reason: str) -> BadGrammar:
+    return BadGrammar(
+        f"the {kind} cannot be used as a constraint: {reason}", hint="use a simpler one: fewer or smaller patterns"
+    )

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
 
 from synapse.engines.grammar.keys import Keys
+from synapse.engines.grammar.trial_program import END_OF_TEXT, byte_tokenizer
 from synapse.models.tokenizer import Tokenizer
 
 MOST_CHOICES = 40
@@ -28,7 +29,6 @@ LONGEST_MATCH = 16
 """Bytes of the longest token that a completion is cut into."""
 _STANDING_FOR_ALL = b'"}]a0 ,:' + bytes(range(0x21, 0x30)) + b"1:;<=>?@A[\\]^_`{|}~\n"
 _IN_ORDER = [*dict.fromkeys((*_STANDING_FOR_ALL, *range(256)))]
-_PAIRED = b'"}]{[,: -.a0'
 _FIRST_TRIES = [
     b"", b'"', b'""', b"0", b"]", b"}", b'"]', b'"}', b"]}", b"}}", b"null", b'a"', b":", b'":', b", ", b" ",
 ]  # fmt: skip
@@ -37,32 +37,14 @@ LONGEST_RUN = 2**14
 SHORTEST_RUN = 4
 LONGEST_SHRUNK = 400
 """Bytes up to which a completion is made shorter by leaving parts of it out."""
-_EOS = 256
-
-
-class _Bytes:
-    """The scout's vocabulary, as `LLTokenizer` asks for it."""
-
-    eos_token_id = _EOS
-    bos_token_id = None
-    special_token_ids = (_EOS,)
-    is_tokenizer_wrapper = True
-
-    def __init__(self) -> None:
-        pairs = [bytes(pair) for pair in itertools.product(_PAIRED, _PAIRED)]
-        self.tokens = [*(bytes((byte,)) for byte in range(256)), b"<end>", *pairs, b"a" * 4, b"a" * 8, b"0" * 4]
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        return [*(text.encode() if isinstance(text, str) else text)]
 
 
 class Completions:
     """Finds completions, and cuts them into tokens of one tokenizer. Safe to use from several threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        vocabulary = _Bytes()
-        self.scout_tokenizer = LLTokenizer(vocabulary, n_vocab=len(vocabulary.tokens), eos_token=_EOS)  # type: ignore[arg-type]
-        self._scout_vocab = len(vocabulary.tokens)
+        self.scout_tokenizer = byte_tokenizer()
+        self._scout_vocab = self.scout_tokenizer.vocab_size
         self._first_token: dict[bytes, int] = {}
         for token in range(tokenizer.vocab_size):
             self._first_token.setdefault(tokenizer.token_bytes(token), token)
@@ -103,19 +85,20 @@ class Completions:
         return found if found is not None and len(self.tokens(found)) <= longest else None
 
     def search(self, scout: LLMatcher, keys: Keys | None, longest: int, *, states: int, seconds: float) -> bytes | None:
-        """The shortest completion that is found, or None when there is none, or none in so many states or seconds.
+        """The shortest completion that is found, or None when there is none, or none in so many states or
+        seconds of this thread, whatever else the machine does.
 
         Args:
             longest: how many tokens it may have, of up to `LONGEST_MATCH` bytes each.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.thread_time() + seconds
         order = itertools.count()
         seen: set[bytes] = set()
         new: list[tuple[int, int, LLMatcher, Keys | None, bytes]] = [(0, 0, scout.deep_copy(), keys, b"")]
         again: dict[int, tuple[LLMatcher, Keys | None, bytes]] = {}
         deepest: list[tuple[int, int]] = []
         for turn in range(states):
-            if not (new or again) or time.monotonic() > deadline:
+            if not (new or again) or time.thread_time() > deadline:
                 return None
             if new:
                 _, _, state, state_keys, path = heapq.heappop(new)
@@ -209,7 +192,7 @@ def _completes(scout: LLMatcher, keys: Keys | None, text: bytes) -> bool:
     """Whether the answer is whole after this text."""
     if not text:
         return bool(scout.is_accepting()) and not scout.is_error()
-    if scout.validate_tokens([*text, _EOS]) <= len(text):
+    if scout.validate_tokens([*text, END_OF_TEXT]) <= len(text):
         return False
     return keys is None or keys.after(text) is not None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from decimal import Decimal
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from synapse.engines.grammar.errors import BadGrammar
 
@@ -26,11 +26,29 @@ _ONE = ("additionalProperties", "additionalItems", "contains", "else", "if", "it
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _MAPS = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
 _PLAIN = {"type", "properties", "required", "title", "description", "$schema", "$id", "default", "examples"}
+_NOTES = {"title", "description", "$schema", "$id", "default", "examples", "$defs", "definitions"}
+_BOUNDS = {"minLength", "maxLength", "minItems", "maxItems", *_LOWER, *_UPPER}
+_SIMPLE = _PLAIN | _NOTES | _BOUNDS | {"additionalProperties", "anyOf", "const", "enum", "items", "$ref"}
+LONGEST_SIMPLE = 2**13
+LONGEST_WRITTEN = 2**19
 Schema = dict[str, Any]
 
 
-def prepare_schema(source: str) -> tuple[str, bool]:
-    """The schema for the library, and whether it has objects with keys that it does not name.
+class Prepared(NamedTuple):
+    """A schema for the library.
+
+    Attributes:
+        open_keys: it has objects with keys that it does not name.
+        simple: it is short, and has nothing that could take the library long.
+    """
+
+    text: str
+    open_keys: bool
+    simple: bool
+
+
+def prepare_schema(source: str) -> Prepared:
+    """The schema for the library.
 
     Raises:
         BadGrammar: it is not a JSON object, nested too deeply, or says what cannot be kept.
@@ -41,7 +59,7 @@ def prepare_schema(source: str) -> tuple[str, bool]:
         walk = _Walk(schema)
         walk.visit(schema, combined=False, depth=0)
         any_open = walk.close()
-        return json.dumps(schema), any_open
+        return Prepared(_written(schema), any_open, walk.simple and len(source) <= LONGEST_SIMPLE)
     except BadGrammar:
         raise
     except ValueError as error:
@@ -64,6 +82,7 @@ class _Walk:
         self._visited: set[tuple[int, bool]] = set()
         self._objects: dict[int, Schema] = {}
         self._left_open: set[int] = set()
+        self.simple = True
 
     def visit(self, schema: object, *, combined: bool, depth: int) -> None:
         """Check a schema and what is in it.
@@ -79,6 +98,7 @@ class _Walk:
         self._visited.add((id(schema), combined))
         _merge_objects(schema, self._root)
         _check_numbers(schema)
+        self.simple = self.simple and _is_simple(schema)
         self._objects[id(schema)] = schema
         branches = [branch for name in ("allOf", "anyOf", "oneOf") for branch in _list(schema, name)]
         if "$ref" in schema:
@@ -127,6 +147,22 @@ class _Walk:
                 return any(isinstance(each, dict) and ("properties" in each or "$ref" in each) for each in inner)
             branch = self._target(branch)
         return False
+
+
+def _written(schema: Schema) -> str:
+    """The schema as JSON. What it shares within itself is written each time, so a short one can become endless."""
+    parts, size = [], 0
+    for part in json.JSONEncoder().iterencode(schema):
+        parts.append(part)
+        size += len(part)
+        if size > LONGEST_WRITTEN:
+            raise BadGrammar(f"the JSON schema has more than {LONGEST_WRITTEN} characters when its parts are combined")
+    return "".join(parts)
+
+
+def _is_simple(schema: Schema) -> bool:
+    """Whether this schema by itself is read in a moment: it intersects nothing, and has no pattern."""
+    return not schema.keys() - _SIMPLE and ("anyOf" not in schema or not schema.keys() - _NOTES - {"anyOf"})
 
 
 def _is_open(schema: Schema) -> bool:

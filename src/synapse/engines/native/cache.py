@@ -59,3 +59,7 @@ class HalfCache:
         keys = self.keys[layer][:, table].swapaxes(2, 3).reshape(kv_heads, -1, head_dim)[:, :length]
         values = self.values[layer][:, table].reshape(kv_heads, -1, head_dim)[:, :length]
         return keys.astype(np.float32), values.astype(np.float32)
+
+    def close(self) -> None:
+        """Give the memory back. Nothing is kept any more."""
+        self.keys = self.values = np.empty((0, 0, 0, 0, 0), np.float16)

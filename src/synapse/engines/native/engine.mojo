@@ -12,14 +12,30 @@ from std.sys.intrinsics import prefetch
 
 from engine_attention import MOST_QUERIES, Cache, Table, attend, store_key, store_value
 from engine_choice import Choice, UNDECIDED, choose_token, is_finite, room_at, room_bytes
-from engine_lora import Factors, Rows, STRIP, expand, shrink
-from engine_matrix import BLOCK, GROUP, Q8, Bytes, Floats, Halves, Inputs, Matrix, element, multiply, place_of, quantise, quantise_block
+from engine_lora import Factors, Rows, STRIP, expand, shrink, strip_of
+from engine_matrix import (
+    BLOCK,
+    GROUP,
+    Q8,
+    Ahead,
+    Bytes,
+    Floats,
+    Halves,
+    Inputs,
+    Matrix,
+    Nothing,
+    element,
+    multiply,
+    place_of,
+    quantise,
+    quantise_block,
+)
 from engine_model import ONE_MAP, WHOLE, Addresses, Layer, Model, Step
 from engine_pool import Pool, Work, announce_job, begin_job, is_current, look, wait_for_job
 from engine_rows import add, gated, rms_norm, rotate
 
 comptime ABI_VERSION = 4
-comptime UNIT = BLOCK // GROUP  # groups of a unit of work: its outputs are one block of the next map's inputs
+comptime UNIT = BLOCK // GROUP  # the two groups of a unit of work: its outputs are one block of the next map's inputs
 comptime PIECES = 4  # a thread takes the units of a small phase in so many pieces
 comptime LINE = 64  # bytes of a cache line
 comptime MAPS = 7  # linear maps of a block that layers can change
@@ -41,6 +57,25 @@ def factors_of(step: Step, layer: Int, block: Int, map: Int) -> Factors:
     return table.unsafe_offset(block * MAPS + map)[]
 
 
+@fieldwise_init
+struct Strip(Copyable, Movable, ImplicitlyCopyable):
+    """A strip of the A of one layer and one of some linear maps."""
+
+    var layer: Int
+    var slot: Int  # the number of the map
+    var strip: Int
+    var factors: Factors
+
+
+@always_inline
+def strip_at(step: Step, block: Int, first: Int, count: Int, index: Int) -> Strip:
+    """The strips of `count` maps from `first` on, of all layers, one after the other."""
+    var strips = step.rank_room // STRIP
+    var strip, map = index % strips, index // strips
+    var layer, slot = map // count, map % count
+    return Strip(layer, slot, strip, factors_of(step, layer, block, first + slot))
+
+
 def shrink_all(
     step: Step, work: Work, phase: Int, block: Int, first: Int, count: Int, x: Floats, inputs: Inputs, stride: Int
 ):
@@ -54,42 +89,89 @@ def shrink_all(
         if begin < 0:
             break
         begin *= length
-        for index in range(begin, min(begin + length, total)):
-            var strip, map = index % strips, index // strips
-            var layer, slot = map // count, map % count
-            var factors = factors_of(step, layer, block, first + slot)
-            if strip * STRIP >= factors.rank:
-                continue
-            var pair = Int(step.layer_pairs.unsafe_offset(layer)[])
-            var target = step.u.unsafe_offset((slot * step.pairs + pair) * step.rank_room)
-            var rows = step.pair_rows.unsafe_offset(pair)
-            var weights = step.pair_weights.unsafe_offset(pair)
-            var number = Int(step.layer_counts.unsafe_offset(layer)[])
-            shrink(factors, strip, stride, x, inputs, step.rows, rows, weights, number, target, step.rank_room)
+        var end = min(begin + length, total)
+        var here = strip_at(step, block, first, count, begin)
+        for index in range(begin, end):
+            var next = strip_at(step, block, first, count, index + 1) if index + 1 < end else here
+            if here.strip * STRIP < here.factors.rank:
+                var pair = Int(step.layer_pairs.unsafe_offset(here.layer)[])
+                var target = step.u.unsafe_offset((here.slot * step.pairs + pair) * step.rank_room)
+                var rows = step.pair_rows.unsafe_offset(pair)
+                var weights = step.pair_weights.unsafe_offset(pair)
+                var number = Int(step.layer_counts.unsafe_offset(here.layer)[])
+                var coming = strip_of(next.factors, next.strip, stride)
+                var all, room = step.rows, step.rank_room
+                shrink(here.factors, here.strip, stride, x, inputs, all, rows, weights, number, target, room, coming)
+            here = next
         work.done(phase)
     work.wait(phase, pieces)
 
 
-@fieldwise_init
-struct Coming(Copyable, Movable, ImplicitlyCopyable):
-    """A share of the layers' A that the next products with layers will read: memory has little to do meanwhile."""
+struct Coming(Ahead):
+    """A share of some linear maps' A, or of their B, of all layers of a step, a few lines at a time: many requests at once
+    would only queue, and what is computed with them.
+    """
 
-    var block: Int
-    var first: Int  # of `count` maps
+    var tables: Addresses
+    var layers: Int
+    var record: Int  # of the first of `count` maps
     var count: Int
-    var width: Int  # their inputs
-    var part: Int  # of `parts`
-    var parts: Int
+    var outputs: Bool  # whether it is B
+    var first: Int  # of the inputs or outputs of the share,
+    var numbers: Int  # how many they are,
+    var layer: Int  # which layer and map are next,
+    var map: Int
+    var at: Int  # the next line,
+    var end: Int
+    var lines: Int  # and how many are asked for at a time
+
+    def __init__(
+        out self,
+        step: Step,
+        block: Int,
+        map: Int,
+        count: Int,
+        outputs: Bool,
+        width: Int,
+        part: Int,
+        parts: Int,
+        records: Int,
+    ):
+        """A part of so many, which so many records are to ask for. `width` are the maps' inputs or outputs."""
+        self.tables, self.layers = step.layer_tables, step.layers if block < step.model[].blocks else 0
+        self.record, self.count, self.outputs = block * MAPS + map, count, outputs
+        self.first = width * part // parts
+        self.numbers = width * (part + 1) // parts - self.first
+        self.layer, self.map = 0, 0
+        self.at, self.end, self.lines = 0, 0, 0
+        if self.layers > 0:
+            var each = step.rank_room * self.numbers * (1 if step.narrow != 0 else 2) // LINE + 1
+            self.lines = (self.layers * count * each + records - 1) // records
 
     @always_inline
-    def ask(self, step: Step, layer: Int):
-        """Asks for one layer's part of the share."""
-        if self.block == step.model[].blocks:
-            return
-        for map in range(self.first, self.first + self.count):
-            var factors = factors_of(step, layer, self.block, map)
-            var bytes = factors.rank * self.width * factors.kind
-            ask(factors.A, bytes * self.part // self.parts, bytes * (self.part + 1) // self.parts)
+    def next(mut self):
+        for _ in range(self.lines):
+            if self.at >= self.end and not self.find():
+                return
+            prefetch(Bytes(unsafe_from_address=self.at))
+            self.at += LINE
+
+    @always_inline
+    def find(mut self) -> Bool:
+        """Goes on to the next layer and map that has a line of the share."""
+        while self.layer < self.layers:
+            comptime Record = Pointer[Factors, MutUntrackedOrigin]
+            var table = Record(unsafe_from_address=self.tables.unsafe_offset(self.layer)[])
+            ref factors = table.unsafe_offset(self.record + self.map)[]
+            self.map += 1
+            if self.map == self.count:
+                self.layer, self.map = self.layer + 1, 0
+            var bytes = factors.rank * factors.kind
+            self.at = Int(factors.B if self.outputs else factors.A) + self.first * bytes
+            self.end = self.at + self.numbers * bytes
+            if self.at < self.end:
+                return True
+        return False
 
 
 @always_inline
@@ -110,22 +192,17 @@ def linear(
     slot: Int,
     y: Floats,
     stride: Int,
-    coming: Coming,
+    mut coming: Coming,
 ):
     """32 outputs of a linear map with its layers, for every row.
 
-    What the layers add is asked for before the rows go through the model's own product for the first 16 outputs, and
-    what comes afterwards before they do for the others: too many requests at once would only queue.
+    What the layers add is asked for while the model's own product makes the first 16 outputs, and what comes afterwards
+    while it makes the others.
     """
-    for group in range(UNIT):
-        for layer in range(step.layers):
-            if group == 0:
-                var factors = factors_of(step, layer, block, map)
-                var bytes = factors.rank * GROUP * factors.kind * UNIT
-                ask(factors.B, unit * bytes, (unit + 1) * bytes)
-            else:
-                coming.ask(step, layer)
-        multiply(matrix, unit * UNIT + group, inputs, step.rows, y, stride)
+    var units = matrix.groups // UNIT
+    var added = Coming(step, block, map, 1, True, matrix.groups * GROUP, unit, units, matrix.blocks)
+    multiply(matrix, unit * UNIT, inputs, step.rows, y, stride, added)
+    multiply(matrix, unit * UNIT + 1, inputs, step.rows, y, stride, coming)
     for layer in range(step.layers):
         var factors = factors_of(step, layer, block, map)
         if factors.rank == 0:
@@ -133,8 +210,7 @@ def linear(
         var pair = Int(step.layer_pairs.unsafe_offset(layer)[])
         var u = step.u.unsafe_offset((slot * step.pairs + pair) * step.rank_room)
         var number = Int(step.layer_counts.unsafe_offset(layer)[])
-        for group in range(unit * UNIT, (unit + 1) * UNIT):
-            expand(factors, group, u, step.rank_room, step.pair_rows.unsafe_offset(pair), number, y, stride)
+        expand(factors, unit * UNIT, u, step.rank_room, step.pair_rows.unsafe_offset(pair), number, y, stride)
 
 
 def project(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
@@ -150,7 +226,7 @@ def project(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
         first *= length
         for unit in range(first, min(first + length, units)):
             ask_for_places(step, block, unit, units)
-            var coming = Coming(block, 3, 1, layer.o.blocks * BLOCK, unit, units)
+            var coming = Coming(step, block, 3, 1, False, layer.o.blocks * BLOCK, unit, units, layer.q.blocks)
             if unit < q_units:
                 linear(step, layer.q, step.inputs, unit, block, 0, 0, step.q, layer.q.groups * GROUP, coming)
             elif unit < q_units + k_units:
@@ -287,7 +363,8 @@ def add_outputs(step: Step, work: Work, phase: Int, block: Int, matrix: Matrix, 
             break
         first *= length
         for unit in range(first, min(first + length, units)):
-            var coming = Coming(block, 4, 2, stride, unit, units) if map == 3 else Coming(block + 1, 0, 3, stride, unit, units)
+            var next, first_map, count = (block, 4, 2) if map == 3 else (block + 1, 0, 3)
+            var coming = Coming(step, next, first_map, count, False, stride, unit, units, matrix.blocks)
             linear(step, matrix, inputs, unit, block, map, 0, y, stride, coming)
             for row in range(step.rows):
                 var at = row * stride + unit * BLOCK
@@ -309,9 +386,8 @@ def feed_forward(step: Step, work: Work, phase: Int, block: Int, layer: Layer):
         first *= length
         for unit in range(first, min(first + length, units)):
             var width = layer.down.blocks * BLOCK
-            var coming = Coming(block, 6, 1, width, 2 * unit, 2 * units)
+            var coming = Coming(step, block, 6, 1, False, width, unit, units, 2 * layer.gate.blocks)
             linear(step, layer.gate, step.inputs, unit, block, 4, 0, step.gate, stride, coming)
-            coming.part += 1
             linear(step, layer.up, step.inputs, unit, block, 5, 1, step.up, stride, coming)
             for row in range(step.rows):
                 var at = row * stride + unit * BLOCK
@@ -399,8 +475,9 @@ def predict(step: Step, work: Work, phase: Int):
         if first < 0:
             break
         first *= length
+        var nothing = Nothing()
         for group in range(first * UNIT, min(first + length, units) * UNIT):
-            multiply(model.output, group, step.inputs, step.wanted, step.logits, model.output.groups * GROUP)
+            multiply(model.output, group, step.inputs, step.wanted, step.logits, model.output.groups * GROUP, nothing)
         work.done(phase)
     work.wait(phase, pieces)
 
@@ -435,7 +512,8 @@ def map_rows(step: Step, work: Work):
         var group = work.take(1, pieces)
         if group < 0:
             break
-        multiply(matrix, group, step.inputs, step.rows, step.h, matrix.groups * GROUP)
+        var nothing = Nothing()
+        multiply(matrix, group, step.inputs, step.rows, step.h, matrix.groups * GROUP, nothing)
         work.done(1)
     work.wait(1, pieces)
 

@@ -20,7 +20,6 @@ comptime Lane = SIMD[DType.float32, STRIP]
 comptime Sums = SIMD[DType.int32, STRIP]
 comptime Quads = SIMD[DType.int8, 4 * STRIP]
 comptime STEPS = 4  # inputs whose products are summed apart, to hide how long a sum takes
-comptime AHEAD = 2048  # bytes of a factor asked for ahead of their use
 comptime Rows = Pointer[Int32, MutUntrackedOrigin]
 comptime FLOAT16 = 2
 
@@ -34,6 +33,12 @@ struct Factors(Copyable, Movable, ImplicitlyCopyable):
     var scales: Floats  # [rank]
     var rank: Int  # padded to a multiple of 8
     var kind: Int  # bytes of a number: 2 float16, 1 integers
+
+
+@always_inline
+def strip_of(factors: Factors, strip: Int, width: Int) -> Bytes:
+    """A strip of A."""
+    return factors.A.unsafe_offset(strip * width * STRIP * factors.kind)
 
 
 @always_inline
@@ -83,12 +88,12 @@ def dot4(sums: Sums, codes: Quads, factors: Quads) -> Sums:
 
 @always_inline
 def shrink_floats[C: Int](
-    factors: Factors, strip: Int, width: Int, x: Floats, rows: Rows, weights: Floats, target: Floats, room: Int
+    factors: Factors, strip: Int, width: Int, x: Floats, rows: Rows, weights: Floats, target: Floats, room: Int, coming: Bytes
 ):
     var sums = Array[Lane, C * STEPS](fill=Lane(0))
-    var A = factors.A.unsafe_offset(2 * strip * width * STRIP)
+    var A = strip_of(factors, strip, width)
     for k in range(0, width, STEPS):
-        prefetch(A.unsafe_offset(2 * k * STRIP + AHEAD))
+        prefetch(coming.unsafe_offset(2 * k * STRIP))
         comptime for step in range(STEPS):
             var a = numbers(A.unsafe_offset(2 * (k + step) * STRIP))
             comptime for c in range(C):
@@ -102,17 +107,26 @@ def shrink_floats[C: Int](
 
 @always_inline
 def shrink_codes[C: Int](
-    factors: Factors, strip: Int, width: Int, inputs: Inputs, all_rows: Int, rows: Rows, weights: Floats, target: Floats, room: Int
+    factors: Factors,
+    strip: Int,
+    width: Int,
+    inputs: Inputs,
+    all_rows: Int,
+    rows: Rows,
+    weights: Floats,
+    target: Floats,
+    room: Int,
+    coming: Bytes,
 ):
     var blocks = width // BLOCK
     var acc = Array[Lane, C](fill=Lane(0))
-    var A = factors.A.unsafe_offset(strip * width * STRIP)
+    var A = strip_of(factors, strip, width)
     for block in range(blocks):
         var sums = Array[Sums, C](fill=Sums(0))
         comptime for quad in range(BLOCK // 4):
             var codes = quads(A.unsafe_offset(4 * quad * STRIP))
             comptime if quad % 2 == 0:
-                prefetch(A.unsafe_offset(4 * quad * STRIP + AHEAD))
+                prefetch(coming.unsafe_offset((block * BLOCK + 4 * quad) * STRIP))
             comptime for c in range(C):
                 var at = place_of(all_rows, blocks, Int(rows.unsafe_offset(c)[]), block) * BLOCK + 4 * quad
                 sums[c] = dot4(sums[c], codes, spread(inputs.codes8.unsafe_offset(at)))
@@ -153,10 +167,12 @@ def shrink(
     count: Int,
     target: Floats,
     room: Int,
+    coming: Bytes,
 ):
     """For `count` rows: target[i * room + rank] = weight scale (A x) of one strip of ranks, as `expand` reads it.
 
-    `width` is a multiple of 32; x is [all_rows, width], and `inputs` has its 8-bit form."""
+    `width` is a multiple of 32; x is [all_rows, width], and `inputs` has its 8-bit form. `coming` is the strip that is
+    read next: it is asked for meanwhile."""
     var i = 0
     while i < count:
         var here = rows.unsafe_offset(i)
@@ -164,80 +180,89 @@ def shrink(
         var to = target.unsafe_offset(i * room)
         if factors.kind == FLOAT16:
             if i + 2 <= count:
-                shrink_floats[2](factors, strip, width, x, here, heavy, to, room)
+                shrink_floats[2](factors, strip, width, x, here, heavy, to, room, coming)
                 i += 2
             else:
-                shrink_floats[1](factors, strip, width, x, here, heavy, to, room)
+                shrink_floats[1](factors, strip, width, x, here, heavy, to, room, coming)
                 i += 1
         elif i + 4 <= count:
-            shrink_codes[4](factors, strip, width, inputs, all_rows, here, heavy, to, room)
+            shrink_codes[4](factors, strip, width, inputs, all_rows, here, heavy, to, room, coming)
             i += 4
         else:
-            shrink_codes[1](factors, strip, width, inputs, all_rows, here, heavy, to, room)
+            shrink_codes[1](factors, strip, width, inputs, all_rows, here, heavy, to, room, coming)
             i += 1
 
 
 @always_inline
-def expand_floats[C: Int](factors: Factors, group: Int, u: Floats, room: Int, rows: Rows, y: Floats, stride: Int):
-    var sums = Array[Lane, C * 2](fill=Lane(0))
+def expand_floats[C: Int, G: Int](factors: Factors, group: Int, u: Floats, room: Int, rows: Rows, y: Floats, stride: Int):
+    var sums = Array[Lane, C * G * 2](fill=Lane(0))
     var B = factors.B.unsafe_offset(2 * group * factors.rank * GROUP)
     for rank in range(factors.rank):
-        var at = B.unsafe_offset(2 * rank * GROUP)
-        var low, high = numbers(at), numbers(at.unsafe_offset(2 * STRIP))
-        comptime for c in range(C):
-            var factor = Lane(u.unsafe_offset(c * room + rank)[])
-            sums[2 * c] = fma(low, factor, sums[2 * c])
-            sums[2 * c + 1] = fma(high, factor, sums[2 * c + 1])
-    add_tile[C](sums, group, rows, y, stride)
+        comptime for g in range(G):
+            var at = B.unsafe_offset(2 * (g * factors.rank + rank) * GROUP)
+            var low, high = numbers(at), numbers(at.unsafe_offset(2 * STRIP))
+            comptime for c in range(C):
+                var factor = Lane(u.unsafe_offset(c * room + rank)[])
+                comptime i = 2 * (c * G + g)
+                sums[i] = fma(low, factor, sums[i])
+                sums[i + 1] = fma(high, factor, sums[i + 1])
+    add_tile[C, G](sums, group, rows, y, stride)
 
 
 @always_inline
-def expand_codes[C: Int](factors: Factors, group: Int, u: Floats, room: Int, rows: Rows, y: Floats, stride: Int):
-    var acc = Array[Lane, C * 2](fill=Lane(0))
+def expand_codes[C: Int, G: Int](factors: Factors, group: Int, u: Floats, room: Int, rows: Rows, y: Floats, stride: Int):
+    var acc = Array[Lane, C * G * 2](fill=Lane(0))
     var B = factors.B.unsafe_offset(group * factors.rank * GROUP)
     for strip in range(factors.rank // STRIP):
-        var sums = Array[Sums, C * 2](fill=Sums(0))
+        var sums = Array[Sums, C * G * 2](fill=Sums(0))
         comptime for quad in range(2):
-            var low = quads(B.unsafe_offset(4 * quad * GROUP))
-            var high = quads(B.unsafe_offset(4 * quad * GROUP + 4 * STRIP))
-            comptime for c in range(C):
-                var codes = Codes8(unsafe_from_address=Int(u.unsafe_offset(c * room + strip * STRIP)))
-                var four = spread(codes.unsafe_offset(4 * quad))
-                sums[2 * c] = dot4(sums[2 * c], low, four)
-                sums[2 * c + 1] = dot4(sums[2 * c + 1], high, four)
+            comptime for g in range(G):
+                var at = B.unsafe_offset(g * factors.rank * GROUP + 4 * quad * GROUP)
+                var low, high = quads(at), quads(at.unsafe_offset(4 * STRIP))
+                comptime for c in range(C):
+                    var codes = Codes8(unsafe_from_address=Int(u.unsafe_offset(c * room + strip * STRIP)))
+                    var four = spread(codes.unsafe_offset(4 * quad))
+                    comptime i = 2 * (c * G + g)
+                    sums[i] = dot4(sums[i], low, four)
+                    sums[i + 1] = dot4(sums[i + 1], high, four)
         comptime for c in range(C):
             var scale = Lane(u.unsafe_offset(c * room + strip * STRIP + 4)[])
-            acc[2 * c] = fma(sums[2 * c].cast[DType.float32](), scale, acc[2 * c])
-            acc[2 * c + 1] = fma(sums[2 * c + 1].cast[DType.float32](), scale, acc[2 * c + 1])
+            comptime for i in range(2 * c * G, 2 * (c + 1) * G):
+                acc[i] = fma(sums[i].cast[DType.float32](), scale, acc[i])
         B = B.unsafe_offset(STRIP * GROUP)
-    add_tile[C](acc, group, rows, y, stride)
+    add_tile[C, G](acc, group, rows, y, stride)
 
 
 @always_inline
-def add_tile[C: Int](sums: Array[Lane, C * 2], group: Int, rows: Rows, y: Floats, stride: Int):
+def add_tile[C: Int, G: Int](sums: Array[Lane, C * G * 2], group: Int, rows: Rows, y: Floats, stride: Int):
     comptime for c in range(C):
         var to = y.unsafe_offset(Int(rows.unsafe_offset(c)[]) * stride + group * GROUP)
-        to.unsafe_store(to.unsafe_load[width=STRIP]() + sums[2 * c])
-        to = to.unsafe_offset(STRIP)
-        to.unsafe_store(to.unsafe_load[width=STRIP]() + sums[2 * c + 1])
+        comptime for i in range(2 * G):
+            var here = to.unsafe_offset(STRIP * i)
+            here.unsafe_store(here.unsafe_load[width=STRIP]() + sums[2 * c * G + i])
 
 
 def expand(factors: Factors, group: Int, u: Floats, room: Int, rows: Rows, count: Int, y: Floats, stride: Int):
-    """For `count` rows: y[row, 16 outputs of the group] += B u[i * room …]."""
+    """For `count` rows: y[row, 32 outputs from the group on] += B u[i * room …].
+
+    Two rows share what is read of one group; a row that is alone takes both groups at once.
+    """
     var i = 0
     while i < count:
         var here = rows.unsafe_offset(i)
         var from_ = u.unsafe_offset(i * room)
         if factors.kind == FLOAT16:
             if i + 2 <= count:
-                expand_floats[2](factors, group, from_, room, here, y, stride)
+                comptime for g in range(2):
+                    expand_floats[2, 1](factors, group + g, from_, room, here, y, stride)
                 i += 2
             else:
-                expand_floats[1](factors, group, from_, room, here, y, stride)
+                expand_floats[1, 2](factors, group, from_, room, here, y, stride)
                 i += 1
         elif i + 2 <= count:
-            expand_codes[2](factors, group, from_, room, here, y, stride)
+            comptime for g in range(2):
+                expand_codes[2, 1](factors, group + g, from_, room, here, y, stride)
             i += 2
         else:
-            expand_codes[1](factors, group, from_, room, here, y, stride)
+            expand_codes[1, 2](factors, group, from_, room, here, y, stride)
             i += 1

@@ -63,6 +63,23 @@ struct Matrix(Copyable, Movable, ImplicitlyCopyable):
     var has_bias: Int
 
 
+trait Ahead:
+    """What a product asks memory for on its way, since it has little to do with memory itself."""
+
+    def next(mut self):
+        """Asks for a little of it; called with every record."""
+        ...
+
+
+@fieldwise_init
+struct Nothing(Ahead):
+    """Nothing."""
+
+    @always_inline
+    def next(mut self):
+        pass
+
+
 @fieldwise_init
 struct Inputs(Copyable, Movable, ImplicitlyCopyable):
     """The quantised rows of a batch, by 32 rows, and of these block after block: `place_of` says where.
@@ -148,7 +165,9 @@ def minima_of[kind: Int](record: Bytes, part: Int, scale: F) -> F:
 
 
 @always_inline
-def q4_tile[C: Int, kind: Int](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, row: Int, target: Floats, stride: Int):
+def q4_tile[
+    C: Int, kind: Int, A: Ahead
+](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, row: Int, target: Floats, stride: Int, mut ahead: A):
     """Outputs of one group for C rows from `row` on, of `rows` in all."""
     comptime size = Q4_RECORD if kind == Q4 else Q4_0_RECORD
     var blocks = matrix.blocks
@@ -157,6 +176,7 @@ def q4_tile[C: Int, kind: Int](matrix: Matrix, group: Int, inputs: Inputs, rows:
     for block in range(blocks):
         comptime for line in range((size + 63) // 64):
             prefetch(record.unsafe_offset(AHEAD + 64 * line))
+        ahead.next()
         var place = place_of(rows, blocks, row, block)
         var sums = q4_sums[C](record.unsafe_offset(size - CODES), inputs.codes8.unsafe_offset(place * BLOCK))
         comptime for part in range(PARTS):
@@ -223,7 +243,9 @@ def pair_products(codes: Quads, factors: SIMD[DType.int8, 4 * LANES]) -> Pairs:
 
 
 @always_inline
-def q8_tile[C: Int](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, row: Int, target: Floats, stride: Int):
+def q8_tile[
+    C: Int, A: Ahead
+](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, row: Int, target: Floats, stride: Int, mut ahead: A):
     """As `q4_tile`."""
     var blocks = matrix.blocks
     var record = matrix.records.unsafe_offset(group * blocks * Q8_RECORD)
@@ -231,6 +253,7 @@ def q8_tile[C: Int](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, row: 
     for block in range(blocks):
         comptime for line in range(Q8_RECORD // 64 + 1):
             prefetch(record.unsafe_offset(AHEAD + 64 * line))
+        ahead.next()
         var place = place_of(rows, blocks, row, block)
         var factors = inputs.codes16.unsafe_offset(place * BLOCK)
         var sums = Array[I, C * PARTS](fill=I(0))
@@ -271,16 +294,20 @@ def store_tile[C: Int](acc: Array[F, C * PARTS], target: Floats, stride: Int):
 
 
 @always_inline
-def tile[C: Int](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, row: Int, target: Floats, stride: Int):
+def tile[
+    C: Int, A: Ahead
+](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, row: Int, target: Floats, stride: Int, mut ahead: A):
     if matrix.kind == Q4:
-        q4_tile[C, Q4](matrix, group, inputs, rows, row, target, stride)
+        q4_tile[C, Q4](matrix, group, inputs, rows, row, target, stride, ahead)
     elif matrix.kind == Q4_0:
-        q4_tile[C, Q4_0](matrix, group, inputs, rows, row, target, stride)
+        q4_tile[C, Q4_0](matrix, group, inputs, rows, row, target, stride, ahead)
     else:
-        q8_tile[C](matrix, group, inputs, rows, row, target, stride)
+        q8_tile[C](matrix, group, inputs, rows, row, target, stride, ahead)
 
 
-def q4_run[kind: Int](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, first: Int, count: Int, target: Floats, stride: Int):
+def q4_run[
+    kind: Int, A: Ahead
+](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, first: Int, count: Int, target: Floats, stride: Int, mut ahead: A):
     """As `q4_tile` for `count` rows from `first` on, at most `RUN`: what has to be done to a record is done once for all."""
     comptime size = Q4_RECORD if kind == Q4 else Q4_0_RECORD
     var record = matrix.records.unsafe_offset(group * matrix.blocks * size)
@@ -291,6 +318,7 @@ def q4_run[kind: Int](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, fir
     for block in range(matrix.blocks):
         comptime for line in range((size + 63) // 64):
             prefetch(record.unsafe_offset(AHEAD + 64 * line))
+        ahead.next()
         comptime for line in range(LINES):
             var quads = open_line(record.unsafe_offset(size - CODES + 64 * line))
             comptime for i in range(2 * PARTS):
@@ -345,7 +373,7 @@ def store_run(acc: Array[F, RUN * PARTS], count: Int, target: Floats, stride: In
             target.unsafe_offset(row * stride + part * LANES).unsafe_store(acc[row * PARTS + part])
 
 
-def multiply(matrix: Matrix, group: Int, inputs: Inputs, rows: Int, target: Floats, stride: Int):
+def multiply[A: Ahead](matrix: Matrix, group: Int, inputs: Inputs, rows: Int, target: Floats, stride: Int, mut ahead: A):
     """Sets the 16 outputs of a group for `rows` rows: target[row * stride + 16 * group …], bias included.
 
     A row's result does not depend on how many rows there are: its sums are made in the same order in every tile.
@@ -355,22 +383,22 @@ def multiply(matrix: Matrix, group: Int, inputs: Inputs, rows: Int, target: Floa
         while matrix.kind != Q8 and row + LEAST_RUN <= rows:
             var count = min(RUN, rows - row)
             if matrix.kind == Q4:
-                q4_run[Q4](matrix, group, inputs, rows, row, count, target, stride)
+                q4_run[Q4](matrix, group, inputs, rows, row, count, target, stride, ahead)
             else:
-                q4_run[Q4_0](matrix, group, inputs, rows, row, count, target, stride)
+                q4_run[Q4_0](matrix, group, inputs, rows, row, count, target, stride, ahead)
             row += count
     while row + TILE <= rows:
-        tile[TILE](matrix, group, inputs, rows, row, target, stride)
+        tile[TILE](matrix, group, inputs, rows, row, target, stride, ahead)
         row += TILE
     comptime if TILE > 4:
         if row + 4 <= rows:
-            tile[4](matrix, group, inputs, rows, row, target, stride)
+            tile[4](matrix, group, inputs, rows, row, target, stride, ahead)
             row += 4
     if row + 2 <= rows:
-        tile[2](matrix, group, inputs, rows, row, target, stride)
+        tile[2](matrix, group, inputs, rows, row, target, stride, ahead)
         row += 2
     if row < rows:
-        tile[1](matrix, group, inputs, rows, row, target, stride)
+        tile[1](matrix, group, inputs, rows, row, target, stride, ahead)
     if matrix.has_bias != 0:
         for r in range(rows):
             comptime for part in range(PARTS):

@@ -19,6 +19,7 @@ from synapse.engines.reference.transformer import Chunk, StepLogits
 from synapse.errors import Unavailable
 from synapse.models.adapters.adapter import Adapter
 from synapse.models.gguf_file import ModelFile
+from synapse.models.head import ModelHead
 
 
 class NativeTransformer:
@@ -77,7 +78,7 @@ class NativeTransformer:
 
 
 def open_native(
-    file: ModelFile,
+    file: ModelFile | ModelHead,
     folder: Path,
     context: int,
     *,

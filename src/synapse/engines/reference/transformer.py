@@ -18,6 +18,7 @@ from synapse.engines.cache.blocks import BLOCK_TOKENS, KVCache
 from synapse.engines.choice import UNDECIDED, Choice
 from synapse.engines.reference.lora import Layer, LoraGroup, Stack, add_lora, group_by_layer, lora_layer
 from synapse.engines.reference.weights import BlockWeights, Weights
+from synapse.errors import Unavailable
 from synapse.models.adapters.adapter import Adapter
 from synapse.models.config import ModelConfig
 
@@ -78,6 +79,8 @@ class Cache(Protocol):
 
     def read(self, layer: int, table: NDArray[np.intp], length: int) -> tuple[Array, Array]: ...
 
+    def close(self) -> None: ...
+
 
 class Transformer(Protocol, Generic[CacheT]):
     """The model behind the batch: weights that never change, and what computes with them."""
@@ -110,7 +113,7 @@ class Transformer(Protocol, Generic[CacheT]):
         """
 
     def close(self) -> None:
-        """Give back threads and files."""
+        """Give back weights, threads and files."""
 
 
 class ReferenceTransformer:
@@ -120,7 +123,7 @@ class ReferenceTransformer:
         self.config = weights.config
         self.context = context
         self.weight_bytes = weights.bytes
-        self._weights = weights
+        self._weights: Weights | None = weights
         angles = np.outer(np.arange(context), self.config.rope.inverse_frequencies())
         scale = self.config.rope.attention_scale()
         self.cos = (np.cos(angles) * scale).astype(np.float32)
@@ -140,12 +143,19 @@ class ReferenceTransformer:
         return lora_layer(adapter)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Let go of the weights."""
+        self._weights = None
 
     @np.errstate(over="ignore", invalid="ignore")
     def forward(self, chunks: Sequence[Chunk], cache: Cache) -> StepLogits:
-        """One step; see `Transformer.forward`."""
+        """One step; see `Transformer.forward`.
+
+        Raises:
+            Unavailable: the engine is closed.
+        """
         config, weights = self.config, self._weights
+        if weights is None:
+            raise Unavailable("the engine is closed", hint="open it again")
         positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
         slots = np.concatenate([chunk.slots() for chunk in chunks])
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]

@@ -20,7 +20,7 @@ from synapse.models.adapters.config import AdapterConfig, parse_config
 from synapse.models.adapters.errors import LayerCorrupt, LayerRefused
 from synapse.models.adapters.files import CONFIG_FILE, MAX_WEIGHTS_BYTES, content_address, read_layer_files
 from synapse.models.config import PROJECTIONS, ModelConfig
-from synapse.models.safetensors_file import read_header, read_stored
+from synapse.models.safetensors_file import not_finite, read_header, read_stored
 
 __all__ = ["Adapter", "LayerCorrupt", "LayerRefused", "LoraFactors", "content_address", "read_adapter"]
 
@@ -132,15 +132,19 @@ def check_adapter(
     tensors: dict[tuple[int, str], dict[str, Factor]] = {}
     modules: dict[tuple[int, str], str] = {}
     for name, slot in slots.items():
-        place = _place(name, said, config)
+        place = _place(name)
         key = (place.block, place.projection)
-        if place.factor in tensors.get(key, {}) or modules.setdefault(key, place.module) != place.module:
+        if key not in tensors:
+            _check_place(place, said, config)
+            tensors[key], modules[key] = {}, place.module
+        pair = tensors[key]
+        if place.factor in pair or modules[key] != place.module:
             raise LayerCorrupt("duplicate_tensor", f"{name!r:.120} is the second {place.factor} of {place.module}")
         _check_shape(name, slot.shape, place, said, config)
-        values = read_stored(weight_bytes, slot)
-        if not _is_finite(values):
-            raise LayerCorrupt("not_finite", f"tensor {name!r:.120} holds NaN or infinite values")
-        tensors.setdefault(key, {})[place.factor] = values
+        pair[place.factor] = read_stored(weight_bytes, slot)
+    bad = not_finite(weight_bytes, slots)
+    if bad is not None:
+        raise LayerCorrupt("not_finite", f"tensor {bad!r:.120} holds NaN or infinite values")
     factors: dict[tuple[int, str], LoraFactors] = {}
     for key in sorted(tensors, key=lambda key: (key[0], PROJECTIONS.index(key[1]))):
         pair = tensors[key]
@@ -160,13 +164,7 @@ def check_adapter(
     )
 
 
-def _is_finite(values: Factor) -> bool:
-    if values.dtype == np.float16:  # its exponent, which NumPy looks at much faster than at the number
-        return bool((values.view(np.uint16) & 0x7C00).max(initial=0) != 0x7C00)
-    return bool(np.isfinite(values).all())
-
-
-def _place(name: str, said: AdapterConfig, config: ModelConfig | None) -> _Place:
+def _place(name: str) -> _Place:
     """Where a tensor belongs, if it belongs anywhere."""
     found = TENSOR.fullmatch(name)
     projection = found["projection"] if found else ""
@@ -179,14 +177,17 @@ def _place(name: str, said: AdapterConfig, config: ModelConfig | None) -> _Place
             f"tensor {name!r:.120} is not a LoRA factor of {', '.join(PROJECTIONS)}",
             hint="train the layer on those projections only",
         )
-    module, block = found["module"], int(found["block"])
+    return _Place(found["module"], int(found["block"]), projection, "A" if found["factor"] == "A" else "B")
+
+
+def _check_place(place: _Place, said: AdapterConfig, config: ModelConfig | None) -> None:
+    module, block = place.module, place.block
     if not said.targets(module) or (said.blocks is not None and block not in said.blocks):
         raise LayerRefused("unknown_target", f"the weights adapt {module}, which adapter_config.json does not list")
     if config is not None and block >= config.blocks:
         raise LayerRefused(
             "shape_mismatch", f"the layer adapts block {block}; the base model has {config.blocks} blocks", hint=FIT
         )
-    return _Place(module, block, projection, "A" if found["factor"] == "A" else "B")
 
 
 def _check_shape(

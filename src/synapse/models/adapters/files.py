@@ -6,6 +6,7 @@ Reading what is in them is the part of `models/adapters/adapter.py`.
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from pathlib import Path
 
@@ -68,8 +69,11 @@ def _read(path: Path, limit: int) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise LayerRefused("missing_file", f"{path} is not a regular file")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        with path.open("rb", buffering=0) as file:
+            # Asked for its size it is read several times as fast as for the limit; it may have grown since.
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
+            while len(data) <= limit and (more := file.read(min(limit + 1 - len(data), 2**20))):
+                data += more
     except OSError as error:
         raise LayerRefused("unreadable", f"{path} cannot be read: {error.strerror}") from error
     if len(data) > limit:

@@ -40,6 +40,7 @@ from synapse.kernels.mapped_file import MappedFile
 from synapse.log import Logger
 from synapse.models.errors import ModelFileCorrupt
 from synapse.models.gguf_file import ModelFile, open_model_file
+from synapse.models.head import ModelHead
 from synapse.models.pulling.transfer import DiskFull, disk_errors, flush, sha256_of
 
 __all__ = ["PackedFileDamaged", "PackedModel", "Quantisation", "open_packed"]
@@ -58,7 +59,7 @@ class PackedFileDamaged(Corrupt):
     code = "packed_file_damaged"
 
 
-def packed_size(file: ModelFile, quantisation: Quantisation = "auto") -> int:
+def packed_size(file: ModelFile | ModelHead, quantisation: Quantisation = "auto") -> int:
     """Bytes of the tensors of a model file when they are packed."""
     return _Layout(file, "", quantisation).payload_bytes
 
@@ -72,7 +73,7 @@ def prepare_packed(path: Path, sha256: str, folder: Path, quantisation: Quantisa
 
 
 def open_packed(
-    file: ModelFile,
+    file: ModelFile | ModelHead,
     sha256: str,
     folder: Path,
     quantisation: Quantisation = "auto",
@@ -119,7 +120,7 @@ class _Layout:
         payload_bytes: of all tensors.
     """
 
-    def __init__(self, file: ModelFile, sha256: str, quantisation: Quantisation) -> None:
+    def __init__(self, file: ModelFile | ModelHead, sha256: str, quantisation: Quantisation) -> None:
         self._file = file
         self._sha256 = sha256
         self._quantisation = quantisation
@@ -191,35 +192,36 @@ class _Layout:
                 f"{self._file.path} must have the sha256 {self._sha256}, but has {found}",
                 hint="the file has changed: remove the model and pull it again",
             )
+        file = self._file.file() if isinstance(self._file, ModelHead) else self._file
         partial = path.with_suffix(".partial")
         digest = hashlib.sha256()
         try:
             with partial.open("wb") as out:
                 out.write(self.front("0" * 64))
                 for name, slot in self._slots.items():
-                    for piece in self._pack(name, slot):
+                    for piece in self._pack(file, name, slot):
                         out.write(piece)
                         digest.update(piece)
                 out.seek(0)
                 out.write(self.front(digest.hexdigest()))
                 flush(out)
-            self._file.check_whole()
+            file.check_whole()
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
-    def _pack(self, name: str, slot: Slot) -> Iterator[bytes]:
+    def _pack(self, file: ModelFile, name: str, slot: Slot) -> Iterator[bytes]:
         try:
             if slot.kind == "f32":
-                yield _finite(self._file.tensor(name)).astype("<f4").tobytes()
+                yield _finite(file.tensor(name)).astype("<f4").tobytes()
             else:
-                raw = self._file.stored(name)
-                for records in pack_matrix(slot.kind, self._file.types[name], raw, slot.shape[1]):
+                raw = file.stored(name)
+                for records in pack_matrix(slot.kind, file.types[name], raw, slot.shape[1]):
                     yield records.tobytes()
         except ModelFileCorrupt as error:
-            message = f"{self._file.path.name}: the tensor {name} {error.message}"
-            raise ModelFileCorrupt(message, hint=error.hint, path=str(self._file.path)) from error
+            message = f"{file.path.name}: the tensor {name} {error.message}"
+            raise ModelFileCorrupt(message, hint=error.hint, path=str(file.path)) from error
         yield bytes(-slot.bytes % ALIGNMENT)
 
 
