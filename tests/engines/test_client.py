@@ -9,12 +9,13 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from synapse.engines.commands import GetEngineStats, engine_stats
 
 from benchmarks.layers import random_adapter
 from support.tiny_models import build_tiny_model
 from synapse.commands import Context
 from synapse.config import Settings
+from synapse.daemon.commands import GetEngineStats, engine_stats
+from synapse.daemon.host import open_models
 from synapse.engines import (
     BadGrammar,
     ContextOverflow,
@@ -142,7 +143,7 @@ async def test_stats_say_which_engine_answers_and_what_helps(home: Path, monkeyp
     monkeypatch.setenv("SYNAPSE_FORCE_PYTHON", "1")
     for backend, reason in (("reference", "the setting"), ("auto", "Python is forced")):
         async with Context(Settings(home=home, max_context=64, threads=1, backend=backend)) as context:
-            client = await (await context.get(open_engines)).get(model)
+            client = await (await context.get(open_models)).get(model)
             (state,) = (await engine_stats(GetEngineStats(), context)).items
         assert (state.backend, client.front.name) == ("reference", state.model)
         assert reason in state.reason

@@ -103,7 +103,7 @@ async def test_cancelling_the_task_cancels_the_request_even_before_it_has_starte
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await settled(lambda: runner.snapshot().running == runner.stats().waiting == 0)
+    await settled(lambda: runner.snapshot().running == runner.snapshot().waiting == 0)
     _, finished = await text_of(runner, Request((5,), max_tokens=3, ignore_eos=True))
     assert finished.completion_tokens == 3
 

@@ -11,7 +11,7 @@ from typing import Annotated, cast
 from pydantic import BaseModel, Field
 
 from synapse import __version__
-from synapse.commands import Argument, Context, command
+from synapse.commands import Argument, Call, Context, command
 from synapse.daemon.host import open_models
 from synapse.daemon.process import WorkerProcess
 from synapse.daemon.supervisor import Supervisor
@@ -148,9 +148,9 @@ class OneModel(BaseModel):
 
 
 @command("ai-daemon/status", permission="read", of_server=True)
-async def daemon_status(params: Nothing, context: Context) -> DaemonState:
+async def daemon_status(params: Nothing, context: Context, call: Call) -> DaemonState:
     """Show how the server is: its models, workers, requests and memory."""
-    models = await _models(context)
+    models = await _models(context, call)
     residency = await context.get(open_residency)
     return DaemonState(
         version=__version__,
@@ -165,10 +165,10 @@ async def daemon_status(params: Nothing, context: Context) -> DaemonState:
 
 
 @command("ai-daemon/models", permission="read", of_server=True)
-async def daemon_models(params: Nothing, context: Context) -> ModelRows:
+async def daemon_models(params: Nothing, context: Context, call: Call) -> ModelRows:
     """List the models that are open: who uses them, and what memory they may take."""
     residency, rows = await context.get(open_residency), []
-    for sha256, model in (await _models(context)).items():
+    for sha256, model in (await _models(context, call)).items():
         stats = await model.runner.stats()
         rows.append(
             ModelRow(
@@ -186,19 +186,19 @@ async def daemon_models(params: Nothing, context: Context) -> ModelRows:
 
 
 @command("ai-daemon/workers", permission="read", of_server=True)
-async def daemon_workers(params: Nothing, context: Context) -> WorkerRows:
+async def daemon_workers(params: Nothing, context: Context, call: Call) -> WorkerRows:
     """List the worker processes."""
     rows = []
-    for model in (await _models(context)).values():
+    for model in (await _models(context, call)).values():
         if isinstance(model.runner, Supervisor):
             rows += [await _row(model, model.runner, worker) for worker in model.runner.workers]
     return WorkerRows(items=rows)
 
 
 @command("ai-daemon/spawn", permission="manage", of_server=True)
-async def spawn_worker(params: OneModel, context: Context) -> WorkerRows:
+async def spawn_worker(params: OneModel, context: Context, call: Call) -> WorkerRows:
     """Start one more worker process of a model that is open."""
-    models = await _models(context)
+    models = await _models(context, call)
     for model in models.values():
         if model.front.name == params.model and isinstance(model.runner, Supervisor):
             model.runner.spawn()
@@ -211,24 +211,24 @@ async def spawn_worker(params: OneModel, context: Context) -> WorkerRows:
 
 
 @command("ai-daemon/kill", permission="manage", of_server=True)
-async def kill_worker(params: OneWorker, context: Context) -> WorkerRow:
+async def kill_worker(params: OneWorker, context: Context, call: Call) -> WorkerRow:
     """End a worker process at once. Its answers go on in another, which takes its place."""
-    model, supervisor, worker = await _worker(context, params.worker)
+    model, supervisor, worker = await _worker(context, call, params.worker)
     worker.kill("it was told to end at once")
     await asyncio.shield(worker.ended)
     return await _row(model, supervisor, worker)
 
 
 @command("ai-daemon/drain", permission="manage", of_server=True)
-async def drain_worker(params: OneWorker, context: Context) -> WorkerRow:
+async def drain_worker(params: OneWorker, context: Context, call: Call) -> WorkerRow:
     """Let a worker process finish its answers and end; another takes its place."""
-    model, supervisor, worker = await _worker(context, params.worker)
+    model, supervisor, worker = await _worker(context, call, params.worker)
     await supervisor.drain(worker)
     return await _row(model, supervisor, worker)
 
 
-async def _models(context: Context) -> dict[str, OpenModel]:
-    if context.settings.daemon.pool == "auto":  # this is no server
+async def _models(context: Context, call: Call) -> dict[str, OpenModel]:
+    if call.surface == "terminal" and context.settings.daemon.pool == "auto":  # this process is no server
         raise Unavailable("no server of this home is running", hint="`synapse up --detach` starts one")
     return (await context.get(open_models)).models()
 
@@ -237,8 +237,8 @@ def _supervisors(models: Mapping[str, OpenModel]) -> list[Supervisor]:
     return [model.runner for model in models.values() if isinstance(model.runner, Supervisor)]
 
 
-async def _worker(context: Context, number: int) -> tuple[OpenModel, Supervisor, WorkerProcess]:
-    for model in (await _models(context)).values():
+async def _worker(context: Context, call: Call, number: int) -> tuple[OpenModel, Supervisor, WorkerProcess]:
+    for model in (await _models(context, call)).values():
         for worker in model.runner.workers if isinstance(model.runner, Supervisor) else ():
             if worker.number == number:
                 return model, cast(Supervisor, model.runner), worker
