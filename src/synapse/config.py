@@ -25,6 +25,8 @@ PREFIX = "SYNAPSE_"
 FILE = "synapse.toml"
 NOT_SETTINGS = frozenset({"DEBUG", "FORCE_PYTHON", "KERNEL_PATH", "PEER_PYTHON", "TEST_HOME"})
 """What other parts of Synapse, its tests and benchmarks read from the environment themselves, after the prefix."""
+NESTED = "__"
+"""Between a table of settings and a setting in it, in the name of a variable."""
 NEAR = 0.6
 """How much alike two names are (`difflib`) when one is a typing mistake of the other."""
 PRIVATE_FOLDER = 0o700
@@ -40,6 +42,25 @@ UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 def default_home() -> Path:
     """The folder used when `SYNAPSE_HOME` is not set."""
     return Path(platformdirs.user_data_dir("synapse", appauthor=False))
+
+
+class DaemonSettings(BaseModel):
+    """How models are run: `SYNAPSE_DAEMON__POOL` and so on in the environment, under `[daemon]` in `synapse.toml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pool: str = Field(
+        "auto",
+        pattern="^(auto|process|here)$",
+        description="where models run: process (workers of their own), here (in the process that asks), or auto:"
+        " workers for the server, and here for a single command",
+    )
+    workers: int = Field(1, ge=1, le=64, description="worker processes of each model")
+    worker_bytes: int = Field(
+        0,
+        ge=0,
+        description="memory a worker may take before it is ended; 0 means what its model, caches and layers may need",
+    )
 
 
 class Settings(BaseModel):
@@ -104,6 +125,7 @@ class Settings(BaseModel):
         ge=2**20,
         description="bytes of LoRA layers kept in memory per model; never more than an eighth of the machine's",
     )
+    daemon: DaemonSettings = Field(default_factory=DaemonSettings, description="how models are run")
 
     @field_validator("home")
     @classmethod
@@ -164,30 +186,48 @@ def load_settings() -> Settings:
     given = _from_environment(os.environ)
     home = Path(given.get("home") or default_home()).expanduser()
     try:
-        return Settings.model_validate(_from_file(home / FILE) | given)
+        return Settings.model_validate(_merged(_from_file(home / FILE), given))
     except ValidationError as error:
         raise _refusal(error) from error
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """The `SYNAPSE_…` variables that mean nothing here, sorted."""
-    known = NOT_SETTINGS | {field.upper() for field in Settings.model_fields}
+    known = NOT_SETTINGS | set(_variables())
     names = (name for name in environment if name.upper().startswith(PREFIX))
     return sorted(name for name in names if name.upper().removeprefix(PREFIX) not in known)
 
 
+def _variables() -> dict[str, tuple[str, ...]]:
+    """Where the value of each variable belongs, by its name without the prefix: a field, or a field and one of its."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, field in Settings.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= {f"{name}{NESTED}{inner}".upper(): (name, inner) for inner in kind.model_fields}
+        else:
+            found[name.upper()] = (name,)
+    return found
+
+
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     """The settings among the variables. One that is nearly a setting is refused; others may be another program's."""
-    fields = Settings.model_fields
+    known = _variables()
     for name in unknown_variables(environment):
-        near = difflib.get_close_matches(name.upper().removeprefix(PREFIX).lower(), fields, n=1, cutoff=NEAR)
+        near = difflib.get_close_matches(name.upper().removeprefix(PREFIX), known, n=1, cutoff=NEAR)
         if near:
-            raise InvalidInput(
-                f"there is no setting {name}", hint=f"did you mean {PREFIX}{near[0].upper()}? Mend or unset it"
-            )
+            raise InvalidInput(f"there is no setting {name}", hint=f"did you mean {PREFIX}{near[0]}? Mend or unset it")
     variables = {name.upper(): value for name, value in environment.items()}
-    found = {field: variables.get(PREFIX + field.upper()) for field in fields}
-    return {field: value for field, value in found.items() if value is not None and (field != "home" or value)}
+    found: dict[str, Any] = {}
+    for name, place in known.items():
+        value = variables.get(PREFIX + name)
+        if value is None or (place == ("home",) and not value):
+            continue
+        if len(place) == 1:
+            found[place[0]] = value
+        else:
+            found.setdefault(place[0], {})[place[1]] = value
+    return found
 
 
 def _from_file(path: Path) -> dict[str, Any]:
@@ -211,13 +251,24 @@ def _from_file(path: Path) -> dict[str, Any]:
     return found
 
 
+def _merged(file: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """The settings of both; where both have one, that of the environment."""
+    both = file | environment
+    for name, table in environment.items():
+        if isinstance(table, dict) and isinstance(of_file := file.get(name), dict):
+            both[name] = of_file | table
+    return both
+
+
 def _refusal(error: ValidationError) -> InvalidInput:
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    place = [str(part) for part in first["loc"]]
+    field = ".".join(place)
     found, wrong = PASSWORD.sub("//***@", repr(first["input"])), first["msg"]
-    hint = f"mend {PREFIX}{field.upper()} or `{field}` in {FILE}"
+    hint = f"mend {PREFIX}{NESTED.join(place).upper()} or `{field}` in {FILE}"
     if first["type"] == "value_error":
         wrong = str(first["ctx"]["error"])
     elif first["type"] == "string_pattern_mismatch":
-        wrong, hint = "none of its values", f"`{field}` is {Settings.model_fields[field].description}; {hint}"
+        fields = DaemonSettings.model_fields if place[0] == "daemon" else Settings.model_fields
+        wrong, hint = "none of its values", f"`{field}` is {fields[place[-1]].description}; {hint}"
     return InvalidInput(f"the setting {field} is {found}: {wrong}", hint=hint)

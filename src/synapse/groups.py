@@ -14,11 +14,14 @@ class Group:
 
     module: str
     summary: str
+    terminal: str = ""
+    """What the terminal calls it, where that is shorter."""
 
 
 GROUPS: dict[str, Group] = {
     "model": Group("synapse.models.commands", "Model files: pull, list, show, remove."),
-    "engine": Group("synapse.engines.commands", "Engines of this process: which are open, and how busy."),
+    "engine": Group("synapse.daemon.commands", "Engines that are open, and how busy they are."),
+    "ai-daemon": Group("synapse.daemon.commands", "The running server: its models and workers.", "daemon"),
     "embedding": Group("synapse.encoders.commands", "Embeddings: texts as vectors, and how near they are."),
     "layer": Group("synapse.genome.commands", "LoRA layers: add, list, show, export, remove."),
     "genome": Group("synapse.genome.commands", "Genomes: weighted stacks of layers."),

@@ -14,6 +14,8 @@ from benchmarks.layers import random_adapter
 from support.tiny_models import build_tiny_model
 from synapse.commands import Context
 from synapse.config import Settings
+from synapse.daemon.commands import GetEngineStats, engine_stats
+from synapse.daemon.host import open_models
 from synapse.engines import (
     BadGrammar,
     ContextOverflow,
@@ -27,7 +29,6 @@ from synapse.engines import (
     open_engines,
     open_front_end,
 )
-from synapse.engines.commands import GetEngineStats, engine_stats
 from synapse.errors import Corrupt, NotFound, SynapseError
 from synapse.models.adapters.files import LAYERS_FOLDER, content_address
 from synapse.models.chat_template import Message
@@ -142,7 +143,7 @@ async def test_stats_say_which_engine_answers_and_what_helps(home: Path, monkeyp
     monkeypatch.setenv("SYNAPSE_FORCE_PYTHON", "1")
     for backend, reason in (("reference", "the setting"), ("auto", "Python is forced")):
         async with Context(Settings(home=home, max_context=64, threads=1, backend=backend)) as context:
-            client = await (await context.get(open_engines)).get(model)
+            client = await (await context.get(open_models)).get(model)
             (state,) = (await engine_stats(GetEngineStats(), context)).items
         assert (state.backend, client.front.name) == ("reference", state.model)
         assert reason in state.reason

@@ -92,9 +92,9 @@ async def test_closing_the_stream_cancels_the_request(runner: EngineRunner) -> N
     async with aclosing(runner.generate(ENDLESS)) as events:
         async for _ in events:
             break
-    await settled(lambda: runner.stats().running == 0)
-    assert runner.stats().kv_tokens_held == 0
-    assert runner.stats().active == 0
+    await settled(lambda: runner.snapshot().running == 0)
+    assert runner.snapshot().kv_tokens_held == 0
+    assert runner.snapshot().active == 0
 
 
 async def test_cancelling_the_task_cancels_the_request_even_before_it_has_started(runner: EngineRunner) -> None:
@@ -103,14 +103,14 @@ async def test_cancelling_the_task_cancels_the_request_even_before_it_has_starte
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await settled(lambda: runner.stats().running == runner.stats().waiting == 0)
+    await settled(lambda: runner.snapshot().running == runner.snapshot().waiting == 0)
     _, finished = await text_of(runner, Request((5,), max_tokens=3, ignore_eos=True))
     assert finished.completion_tokens == 3
 
 
 async def test_more_requests_than_allowed_are_refused_at_once_and_the_others_go_on(runner: EngineRunner) -> None:
     tasks = [asyncio.create_task(text_of(runner, Request((5,), max_tokens=300, ignore_eos=True))) for _ in range(3)]
-    await settled(lambda: runner.stats().active == 3)
+    await settled(lambda: runner.snapshot().active == 3)
     with pytest.raises(Overloaded, match="limit"):
         await text_of(runner, Request((5,)))
     finished = [end for _, end in await asyncio.gather(*tasks)]
@@ -122,7 +122,7 @@ async def test_a_refusal_of_the_engine_reaches_the_caller(runner: EngineRunner) 
         await text_of(runner, Request((5,) * 5000))
     with pytest.raises(Exception, match="cannot be used as a constraint"):
         await text_of(runner, Request((5,), grammar=Grammar("regex", "(")))
-    assert runner.stats().active == 0
+    assert runner.snapshot().active == 0
 
 
 async def test_a_failing_step_fails_what_was_active_and_nothing_after(
@@ -138,7 +138,7 @@ async def test_a_failing_step_fails_what_was_active_and_nothing_after(
             await text_of(runner, ENDLESS)
     _, finished = await text_of(runner, Request((5,), max_tokens=3, ignore_eos=True))
     assert finished.reason == "length"
-    assert runner.stats().kv_tokens_held == 0
+    assert runner.snapshot().kv_tokens_held == 0
 
 
 async def test_a_defect_in_choosing_ends_only_the_sequence_it_struck(
@@ -147,7 +147,7 @@ async def test_a_defect_in_choosing_ends_only_the_sequence_it_struck(
     sane = asyncio.create_task(
         text_of(runner, Request((5,), sampling=Sampling(temperature=0), max_tokens=60, ignore_eos=True))
     )
-    await settled(lambda: runner.stats().running == 1)
+    await settled(lambda: runner.snapshot().running == 1)
     with monkeypatch.context() as broken:
         broken.setattr(Sampler, "_uniform", lambda *_: 1 // 0)
         with pytest.raises(InternalError, match="choosing the next token failed"):
@@ -171,7 +171,7 @@ async def test_logits_that_are_not_finite_end_only_their_own_request(runner: Eng
 async def test_closing_tells_whoever_still_waits(tiny_engine: Engine) -> None:
     runner = EngineRunner(tiny_engine)
     task = asyncio.create_task(text_of(runner, ENDLESS))
-    await settled(lambda: runner.stats().running == 1)
+    await settled(lambda: runner.snapshot().running == 1)
     await runner.close()
     with pytest.raises(Unavailable, match="stopped"):
         await task
@@ -183,12 +183,12 @@ async def test_layers_are_evicted_least_recently_used_first_and_read_again_when_
     engine = runner.engine
     folders = [random_adapter(tmp_path / str(n), engine.config, rank=4, seed=n) for n in range(3)]
     first, second, third = [await runner.load_layer(folder) for folder in folders]
-    assert list(runner.stats().layers) == [second, third]
+    assert list(runner.snapshot().layers) == [second, third]
     read = engine.layers.reads
     assert await runner.load_layer(folders[0]) == first
     assert engine.layers.reads == read, "an unchanged folder is not read again"
     await text_of(runner, Request((5,), ((first, 1.0),), max_tokens=2))
-    assert list(runner.stats().layers) == [third, first]
+    assert list(runner.snapshot().layers) == [third, first]
     assert engine.layers.evictions == 2
 
 
@@ -197,10 +197,10 @@ async def test_a_layer_in_use_is_neither_evicted_nor_unloaded(runner: EngineRunn
     folders = [random_adapter(tmp_path / str(n), engine.config, rank=4, seed=n) for n in range(4)]
     pinned = await runner.load_layer(folders[0])
     task = asyncio.create_task(text_of(runner, Request((5,), ((pinned, 1.0),), max_tokens=400, ignore_eos=True)))
-    await settled(lambda: runner.stats().running == 1)
+    await settled(lambda: runner.snapshot().running == 1)
     for folder in folders[1:]:
         await runner.load_layer(folder)
-    assert pinned in runner.stats().layers
+    assert pinned in runner.snapshot().layers
     with pytest.raises(Conflict, match="in use"):
         await runner.call(lambda: engine.unload_layer(pinned))
     await task
@@ -250,13 +250,13 @@ def test_open_engine_takes_a_path(tmp_path: Path) -> None:
 async def test_an_answer_that_nobody_reads_is_given_up_by_the_engine(runner: EngineRunner) -> None:
     async with aclosing(runner.generate(ENDLESS)) as events:
         await anext(events)
-        while runner.stats().running:  # nobody reads: the engine goes on until the bound is reached
+        while runner.snapshot().running:  # nobody reads: the engine goes on until the bound is reached
             await asyncio.sleep(0.01)
         with pytest.raises(SlowReader):
             while True:
                 await anext(events)
-    assert runner.stats().kv_tokens_held == 0
-    assert runner.stats().counters.slow_readers == 1
+    assert runner.snapshot().kv_tokens_held == 0
+    assert runner.snapshot().counters.slow_readers == 1
 
 
 async def test_a_model_under_two_names_is_one_engine_and_another_opens_beside_it(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ async def main():
         said = 0
         async for event in talking.say(context, persona, conversation, "my last words"):
             said += isinstance(event, TextDelta)
-            if said == 5:
+            if said == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main())

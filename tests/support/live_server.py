@@ -66,7 +66,7 @@ class Live:
         async def look() -> EngineStats:
             host: EngineHost = await self.state.context.get(open_engines)
             (runner,) = host.loaded.values()
-            return runner.stats()
+            return runner.snapshot()
 
         return asyncio.run_coroutine_threadsafe(look(), self.loop).result(10)
 

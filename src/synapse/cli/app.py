@@ -106,14 +106,14 @@ class RegistryGroup(HelpfulGroup):
     def list_commands(self, ctx: ParseContext) -> list[str]:
         from synapse.commands import load_group
 
-        return [*(command.verb for command in load_group(str(self.name))), *self._programs()]
+        return [*(command.verb for command in load_group(_group(self.name))), *self._programs()]
 
     def get_command(self, ctx: ParseContext, cmd_name: str) -> AnyCommand | None:
         """The one that is asked for: making all those of a group takes longer than most of them run."""
         if cmd_name not in self.commands:
             from synapse.commands import load_group
 
-            found = {command.verb: command for command in load_group(str(self.name))}
+            found = {command.verb: command for command in load_group(_group(self.name))}
             if cmd_name in self._programs():  # which may show what a command of the same name gives
                 self.add_command(_typer_program(self._programs()[cmd_name]), cmd_name)
             elif cmd_name in found:
@@ -122,6 +122,11 @@ class RegistryGroup(HelpfulGroup):
 
     def _programs(self) -> dict[str, Callable[..., None]]:
         return {program.__name__: program for program in programs.GROUP_PROGRAMS.get(str(self.name), ())}
+
+
+def _group(name: str | None) -> str:
+    """The group of the registry that the terminal calls so."""
+    return next((group for group, about in GROUPS.items() if about.terminal == name), str(name))
 
 
 def _typer_program(program: Callable[..., None]) -> AnyCommand:
@@ -165,5 +170,5 @@ def build_app() -> typer.Typer:
         app.command(cls=HelpfulCommand)(program)
     for name, about in GROUPS.items():
         group = typer.Typer(cls=RegistryGroup, rich_markup_mode=None, context_settings=HELP_OPTIONS)
-        app.add_typer(group, name=name, help=about.summary, rich_help_panel="Groups")
+        app.add_typer(group, name=about.terminal or name, help=about.summary, rich_help_panel="Groups")
     return app

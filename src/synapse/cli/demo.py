@@ -20,7 +20,7 @@ from synapse.cli.progress import TerminalProgress
 from synapse.cli.text import printable, style_of, tell, tell_engine
 from synapse.commands import Context
 from synapse.config import load_settings
-from synapse.engines import open_engines
+from synapse.daemon.host import open_models
 from synapse.models.chat_template import Message as ChatMessage
 from synapse.personas.base_model import ensure_base_model
 from synapse.personas.chat import TextDelta, Turn, TurnFinished, TurnOptions, prepare_turn, run_turn
@@ -97,7 +97,7 @@ async def _demo(as_json: bool) -> DemoResult:
             answers = [
                 Answering(persona, starter.layer) for persona, starter in zip(personas, starters.personas, strict=True)
             ]
-            client = await (await context.get(open_engines)).get(model)
+            client = await (await context.get(open_models)).get(model)
             before = await client.stats()
             if not as_json:
                 tell_engine(before.answering, context.settings.backend)

@@ -1,4 +1,4 @@
-"""What the terminal offers beside the registry's commands: `chat`, `demo`, `up`, `version` and `events tail`.
+"""What the terminal offers beside the registry's commands: `chat`, `demo`, `up`, `down` and a few more.
 
 Each imports what it needs when it runs.
 """
@@ -77,12 +77,43 @@ def version(as_json: Json = False) -> None:
 def up(
     host: Annotated[str | None, typer.Option(help="Address to listen on; only loopback until a key exists.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Run apart from this terminal; come back when it is ready.")
+    ] = False,
+    systemd: Annotated[bool, typer.Option("--systemd", help="Instead, print a unit for systemd.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print an error as JSON on stderr.")] = False,
 ) -> None:
     """Start the server: an OpenAI-compatible API in which personas are models."""
-    from synapse.cli.serving import run_up
+    from synapse.cli.serving import run_up, show_unit
 
-    run_up(host, port, as_json=as_json)
+    if systemd:
+        show_unit()
+    else:
+        run_up(host, port, detach=detach, as_json=as_json)
+
+
+def down(as_json: Json = False) -> None:
+    """Stop the server of this home when the answers in progress are done."""
+    from synapse.cli.serving import run_down
+
+    run_down(as_json=as_json)
+
+
+def status(as_json: Json = False) -> None:
+    """Show how the server of this home is; the same as `synapse daemon status`."""
+    _run("ai-daemon/status", as_json=as_json)
+
+
+def ps(as_json: Json = False) -> None:
+    """List the models that the server of this home has open; the same as `synapse daemon models`."""
+    _run("ai-daemon/models", as_json=as_json)
+
+
+def _run(name: str, *, as_json: bool) -> None:
+    from synapse.cli.run import run_command
+    from synapse.commands import find_command
+
+    run_command(find_command(name), {}, as_json=as_json)
 
 
 def demo(as_json: Json = False) -> None:
@@ -111,6 +142,6 @@ def tail(
     run_tail({"pattern": pattern, "since": since, "lines": lines, "follow": follow}, as_json=as_json)
 
 
-PROGRAMS = (chat, demo, up, version)
+PROGRAMS = (chat, demo, up, down, status, ps, version)
 GROUP_PROGRAMS: Mapping[str, tuple[Callable[..., None], ...]] = {"events": (tail,)}
 """Programs that stand among the commands of a group."""

@@ -31,5 +31,13 @@ def run_command(command: Command, values: Mapping[str, Any], *, as_json: bool) -
 
 
 async def _run(command: Command, params: BaseModel, call: Call) -> BaseModel:
-    async with Context(load_settings()) as context, recording(context):
+    settings = load_settings()
+    if command.of_server:
+        from synapse.daemon.door import find_server
+
+        server = await find_server(settings)
+        if server is not None:
+            given = params.model_dump(mode="json", exclude_unset=True)
+            return command.result.model_validate(await server.ask("command", command.name, given))
+    async with Context(settings) as context, recording(context):
         return await command.run(params, context, call)

@@ -64,6 +64,8 @@ class Command:
     handler: Callable[..., Any]
     streams: bool
     takes_call: bool
+    of_server: bool
+    """It is about the server of the home: at the terminal, it is carried out there while one runs."""
 
     @property
     def group(self) -> str:
@@ -168,12 +170,15 @@ def _is_path(mark: LocalPath, value: str) -> bool:
 _commands: dict[str, Command] = {}
 
 
-def command(name: str, *, permission: Permission) -> Callable[[H], H]:
+def command(name: str, *, permission: Permission, of_server: bool = False) -> Callable[[H], H]:
     """Register ``async def verb(params: Params, context: Context) -> Result`` under ``group/verb``.
 
     A third parameter ``call: Call`` gets the call, for its progress. An asynchronous generator,
     ``-> AsyncIterator[Result]``, streams its results. The docstring's first line is the summary, the rest the
     description. The function itself is returned unchanged.
+
+    Args:
+        of_server: see `Command`.
 
     Raises:
         TypeError: the name, the signature or the docstring does not have that form (found when the room is imported).
@@ -211,6 +216,7 @@ def command(name: str, *, permission: Permission) -> Callable[[H], H]:
             handler,
             streams,
             len(names) == 3,
+            of_server,
         )
         return handler
 

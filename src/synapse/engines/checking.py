@@ -56,6 +56,13 @@ def check_request(request: Request, vocab: int, context: int) -> int:
         raise InvalidInput(
             f"stop takes up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters", param="stop"
         )
+    if not all(0 <= token < vocab for token in request.answered):
+        raise InvalidInput(f"the answer has a token outside 0 to {vocab - 1}", param="answered")
+    if prompt + len(request.answered) > limit:
+        allowed = limit - prompt
+        raise InvalidInput(
+            f"the answer has {len(request.answered)} tokens already; {allowed} are allowed", param="answered"
+        )
     check_sampling(request.sampling, vocab)
     return limit
 

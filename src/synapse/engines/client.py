@@ -10,19 +10,28 @@ import itertools
 import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
 from synapse.engines.front_end import FrontEnd
 from synapse.engines.request import Event, Request
 from synapse.engines.residency import Lease
-from synapse.engines.runner import EngineRunner, EngineStats
+from synapse.engines.runner import EngineStats
 from synapse.errors import Corrupt, InternalError, SynapseError
 
 log = structlog.get_logger(__name__)
 
 _numbers = itertools.count(1)
+
+
+class Runner(Protocol):
+    """What steps an engine, wherever that is; see `EngineRunner`."""
+
+    def generate(self, request: Request, request_id: str | None = None) -> AsyncGenerator[Event]: ...
+    async def cancel(self, request_id: str) -> None: ...
+    async def load_layer(self, path: Path) -> str: ...
+    async def stats(self) -> EngineStats: ...
 
 
 class EngineClient:
@@ -32,8 +41,8 @@ class EngineClient:
         front: makes prompts for it.
     """
 
-    def __init__(self, front: FrontEnd, runner: EngineRunner, layers: Path, lease: Lease[Any] | None = None) -> None:
-        """A client of an engine in this process.
+    def __init__(self, front: FrontEnd, runner: Runner, layers: Path, lease: Lease[Any] | None = None) -> None:
+        """A client of an engine.
 
         Args:
             layers: the folder in which each LoRA layer has a folder named by its sha256.
@@ -97,7 +106,7 @@ class EngineClient:
 
     async def stats(self) -> EngineStats:
         """How busy the engine is, as of now."""
-        return self._runner.stats()
+        return await self._runner.stats()
 
 
 def new_request_id() -> str:

@@ -146,11 +146,23 @@ class Engine:
             limit=limit,
             constraint=constraint,
         )
+        finish = self._go_on(seq, request.answered)
         self._sequences[seq.id] = seq
         self._scheduler.add(seq)
         self._stalled = False
         self.counters.requests += 1
+        if finish:
+            self._ended.append(self._end(seq, finish))
         return seq.id
+
+    def _go_on(self, seq: Sequence, answered: SequenceOf[int]) -> FinishReason | None:
+        """Put a new sequence where another engine has left it; returns why it has ended there, if it has."""
+        finish: FinishReason | None = None
+        for token in answered:
+            if finish:
+                raise InvalidInput("the answer has tokens behind its end", param="answered")
+            _, _, finish = self._take(seq, token)
+        return finish
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request; its `Finished` event comes with the next step. False when it has ended already."""
@@ -314,19 +326,31 @@ class Engine:
         request = seq.request
         if not logits.finite[row]:
             raise _not_finite(seq.stack or ())
-        remaining = seq.limit - len(seq.tokens) - 1
         values = logits.values[row]
         token = int(logits.chosen[row])
         if token == UNDECIDED:
             (choice,) = seq.next_choices()
             token = choose(values, choice)
+        token, text, finish = self._take(seq, token)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if request.logprobs is not None:
+            logprobs = (token_logprob(values, token, request.logprobs),)
+        events: list[Event] = [Delta(seq.id, text, (token,), logprobs)]
+        if finish:
+            events.append(self._end(seq, finish))
+        return events
+
+    def _take(self, seq: Sequence, token: int) -> tuple[int, str, FinishReason | None]:
+        """Add a token to an answer; returns it (a grammar may put another in its place), what text is certain now, and
+        why the answer ends with it, if it does.
+        """
+        remaining = seq.limit - len(seq.tokens) - 1
         if seq.constraint:
             token = seq.constraint.accept(token, remaining)
         seq.sampler.note(token)
         seq.tokens.append(token)
-
         finish: FinishReason | None = None
-        ends = token in self.tokenizer.eos_ids and not request.ignore_eos
+        ends = token in self.tokenizer.eos_ids and not seq.request.ignore_eos
         if ends or (seq.constraint and seq.constraint.complete):
             finish = "stop"
         elif remaining <= 0:
@@ -336,13 +360,7 @@ class Engine:
         text = seq.text.push(b"" if ends else self.tokenizer.token_bytes(token), last=finish is not None)
         if seq.text.stopped:
             finish = "stop"
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if request.logprobs is not None:
-            logprobs = (token_logprob(values, token, request.logprobs),)
-        events: list[Event] = [Delta(seq.id, text, (token,), logprobs)]
-        if finish:
-            events.append(self._end(seq, finish))
-        return events
+        return token, text, finish
 
     def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> Finished:
         self._scheduler.remove(seq)

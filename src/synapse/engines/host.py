@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from synapse.callosum.publish.publishing import publish
 from synapse.commands import Context
 from synapse.config import Settings, load_settings
 from synapse.engines.background import Background
-from synapse.engines.client import EngineClient
+from synapse.engines.client import EngineClient, Runner
 from synapse.engines.engine import Engine
 from synapse.engines.events import EngineClosed, EngineOpened
 from synapse.engines.front_end import FrontEnd, front_end_of
@@ -64,17 +64,68 @@ def open_engine(
     return engine_of(read_head(path), backend, limits or limits_from(settings), path.parent.name, native)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelToOpen:
+    """What is known of a model that is to be opened.
+
+    Attributes:
+        sha256: of its file.
+        beside_others: whether somebody uses another model meanwhile.
+        make_room: to be awaited with the memory that it may take, before that is taken.
+    """
+
+    path: Path
+    sha256: str
+    settings: Settings
+    beside_others: bool
+    make_room: MakeRoom
+
+    @property
+    def name(self) -> str:
+        """What the model is called here."""
+        return self.path.parent.name
+
+
+class OpenRunner(Runner, Protocol):
+    """A runner that can be closed."""
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model that is open, in this process or in others."""
+
+    front: FrontEnd
+    runner: OpenRunner
+
+    async def close(self, reason: Reason) -> None:
+        await self.runner.close()
+        publish("engine.closed", EngineClosed(model=self.front.name, reason=reason))
+
+
 class EngineHost:
-    """The engines of this process, by the content of their model files: one file under two names is one engine.
+    """Engines, by the content of their model files: one file under two names is one engine.
 
     Attributes:
         residency: opens them, and closes those that nobody uses.
     """
 
-    def __init__(self, library: ModelLibrary, settings: Settings, residency: Residency) -> None:
-        """No engine is open yet."""
+    def __init__(
+        self,
+        library: ModelLibrary,
+        settings: Settings,
+        residency: Residency,
+        opener: Callable[[ModelToOpen], Awaitable[OpenModel]] | None = None,
+    ) -> None:
+        """No engine is open yet.
+
+        Args:
+            opener: opens a model; `open_here` when left out.
+        """
         self._library = library
         self._settings = settings
+        self._opener = opener or open_here
         self.residency = residency
 
     async def get(self, model: str) -> EngineClient:
@@ -103,55 +154,52 @@ class EngineHost:
         async with Background() as background:
             return await background.run(read)
 
-    async def _open(self, path: Path, sha256: str, content: str, make_room: MakeRoom) -> _OpenEngine:
-        settings, limits, name = self._settings, limits_from(self._settings), path.parent.name
-        backend = cast(Backend, settings.backend)
-        check_backend(backend)
+    async def _open(self, path: Path, sha256: str, content: str, make_room: MakeRoom) -> OpenModel:
         started = time.perf_counter()
-        steps, packed, checked = Supervised(patient=backend == "auto"), settings.folder("packed"), None
-        if backend != "reference":
-            steps.prepare()
-        async with AsyncExitStack() as stack:
-            if beside := self.residency.others_in_use(content):
-                stack.enter_context(_switching_soon())
-                background = await stack.enter_async_context(Background())
-                head = await background.run(partial(read_head, path))
-            else:
-                head = await asyncio.to_thread(read_head, path)
-            native = await asyncio.to_thread(computes_natively, head, backend, steps)
-            await make_room(needed_bytes(head, limits, native=native))
-            if beside and native:
-                checked = await background.run(partial(prepare_packed, path, sha256, packed, limits.quantisation))
-            parts = NativeParts(steps, packed, checked)
-            engine = await _finished(asyncio.to_thread(engine_of, head, backend, limits, name, parts))
-        runner = EngineRunner(engine, max_active=settings.max_concurrent_requests)
-        publish("engine.opened", EngineOpened(model=name, seconds=time.perf_counter() - started))
-        return _OpenEngine(front_end_of(engine, path, name), runner)
+        check_backend(cast(Backend, self._settings.backend))
+        to_open = ModelToOpen(path, sha256, self._settings, self.residency.others_in_use(content), make_room)
+        model = await self._opener(to_open)
+        publish("engine.opened", EngineOpened(model=to_open.name, seconds=time.perf_counter() - started))
+        return model
 
     @property
-    def loaded(self) -> dict[str, EngineRunner]:
-        """The engines that are open, by the sha256 of their model files and what their records say of tokenizers."""
-        return {str(key): opened.runner for key, opened in self._engines()}
+    def loaded(self) -> dict[str, OpenRunner]:
+        """What runs the engines that are open, by what their models are of; see `models`."""
+        return {content: model.runner for content, model in self.models().items()}
+
+    def models(self) -> dict[str, OpenModel]:
+        """The models that are open, by the sha256 of their files and what their records say of tokenizers."""
+        found = self.residency.open_models()
+        return {str(content): model for content, model in found.items() if isinstance(model, OpenModel)}
 
     def clients(self) -> list[EngineClient]:
         """Clients of the engines that are open, for looking at them: these keep none open."""
         layers = self._settings.home / LAYERS_FOLDER
-        return [EngineClient(opened.front, opened.runner, layers) for _, opened in self._engines()]
-
-    def _engines(self) -> Iterator[tuple[object, _OpenEngine]]:
-        for key, model in self.residency.open_models().items():
-            if isinstance(model, _OpenEngine):
-                yield key, model
+        return [EngineClient(opened.front, opened.runner, layers) for opened in self.models().values()]
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenEngine:
-    front: FrontEnd
-    runner: EngineRunner
-
-    async def close(self, reason: Reason) -> None:
-        await self.runner.close()
-        publish("engine.closed", EngineClosed(model=self.front.name, reason=reason))
+async def open_here(model: ModelToOpen) -> OpenModel:
+    """Open a model in this process."""
+    settings, limits, path = model.settings, limits_from(model.settings), model.path
+    backend, packed, checked = cast(Backend, settings.backend), settings.folder("packed"), None
+    steps = Supervised(patient=backend == "auto")
+    if backend != "reference":
+        steps.prepare()
+    async with AsyncExitStack() as stack:
+        if model.beside_others:
+            stack.enter_context(_switching_soon())
+            background = await stack.enter_async_context(Background())
+            head = await background.run(partial(read_head, path))
+        else:
+            head = await asyncio.to_thread(read_head, path)
+        native = await asyncio.to_thread(computes_natively, head, backend, steps)
+        await model.make_room(needed_bytes(head, limits, native=native))
+        if model.beside_others and native:
+            checked = await background.run(partial(prepare_packed, path, model.sha256, packed, limits.quantisation))
+        parts = NativeParts(steps, packed, checked)
+        engine = await _finished(asyncio.to_thread(engine_of, head, backend, limits, model.name, parts))
+    runner = EngineRunner(engine, max_active=settings.max_concurrent_requests)
+    return OpenModel(front_end_of(engine, path, model.name), runner)
 
 
 async def _finished(work: Coroutine[Any, Any, Engine]) -> Engine:

@@ -92,6 +92,8 @@ class Request:
         priority: 0 to 10; of the requests of one tract the higher go first. Who waits rises, so that nobody starves.
         deadline: the time of `time.monotonic()` (the same in all processes of a machine) after which nobody wants the
             answer: a request that still waits for its turn then ends with `DeadlineExceeded`. None never does.
+        answered: tokens of the answer that another engine has told already. The answer goes on behind them as it would
+            have gone on there, provided that the seed is given; they are not told again, and count as its tokens.
     """
 
     prompt: tuple[int, ...]
@@ -105,6 +107,7 @@ class Request:
     tract: Tract = Tract.EXTERNAL
     priority: int = 5
     deadline: float | None = None
+    answered: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,12 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a request. `cached_tokens` of the prompt were not computed again (shared prefix)."""
+    """The last event of a request.
+
+    Attributes:
+        cached_tokens: of the prompt, those that were not computed again (shared prefix).
+        resumed: how often the answer went on in another process, because the one it was computed in had ended.
+    """
 
     request_id: str
     reason: FinishReason
@@ -139,6 +147,7 @@ class Finished:
     completion_tokens: int
     cached_tokens: int = 0
     error: Exception | None = None
+    resumed: int = 0
 
 
 Event = Delta | Finished

@@ -140,6 +140,18 @@ class Residency:
         """What the models that are open, being opened or being closed may take together."""
         return sum(place.bytes for place in (*self._places.values(), *self._closing))
 
+    def bytes_of(self, key: Hashable) -> int:
+        """What the model of this key may take; 0 when it is not open."""
+        place = self._places.get(key)
+        return 0 if place is None else place.bytes
+
+    def seconds_left(self, key: Hashable) -> float | None:
+        """Until the model of this key is closed if nobody asks for it; None while it is in use, or is never closed."""
+        place = self._places.get(key)
+        if place is None or not place.idle or self._keep_alive == float("inf"):
+            return None
+        return max(0.0, place.idle_since + self._keep_alive - asyncio.get_running_loop().time())
+
     async def close(self) -> None:
         """Give up what is being opened and close everything, whoever uses it."""
         self._closed = True

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -52,6 +52,19 @@ class EngineStats:
     kv_tokens_cached: int
     layers: dict[str, int]
     counters: Counters
+
+    @classmethod
+    def total(cls, parts: Sequence[EngineStats]) -> EngineStats:
+        """Of several engines with one model, at least one; weights are mapped once for all."""
+        first, layers = parts[0], {}
+        for part in parts:
+            layers.update(part.layers)
+        counters = Counters(
+            **{name: sum(getattr(part.counters, name) for part in parts) for name in Counters.__slots__}
+        )
+        counted = ("max_batch", "active", "running", "waiting", "kv_tokens", "kv_tokens_held", "kv_tokens_cached")
+        sums = {name: sum(getattr(part, name) for part in parts) for name in counted}
+        return cls(first.answering, weight_bytes=first.weight_bytes, layers=layers, counters=counters, **sums)
 
 
 @dataclass(slots=True, eq=False)
@@ -162,8 +175,12 @@ class EngineRunner:
             raise _stopped()
         return await done
 
-    def stats(self) -> EngineStats:
-        """A snapshot; taken while the engine steps, its numbers may be one step apart."""
+    async def stats(self) -> EngineStats:
+        """As `snapshot`; a runner of another process has to ask for it."""
+        return self.snapshot()
+
+    def snapshot(self) -> EngineStats:
+        """How busy the engine is; taken while it steps, the numbers may be one step apart."""
         engine = self.engine
         return EngineStats(
             answering=engine.answering(),

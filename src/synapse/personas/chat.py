@@ -15,6 +15,7 @@ from typing import Any
 
 from synapse.callosum.message import Tract
 from synapse.commands import Context
+from synapse.daemon.host import open_models
 from synapse.engines import (
     Delta,
     EngineClient,
@@ -24,7 +25,6 @@ from synapse.engines import (
     Grammar,
     LayersOverflow,
     Request,
-    open_engines,
 )
 from synapse.models.chat_template import Message as ChatMessage
 from synapse.personas.entities import Persona
@@ -142,7 +142,7 @@ async def _prepared(
     context: Context, persona: Persona, messages: Sequence[ChatMessage], options: TurnOptions, news: TurnNews
 ) -> Turn:
     settings = persona.sampling.with_overrides(options.sampling)
-    client = await (await context.get(open_engines)).get(persona.base_model)
+    client = await (await context.get(open_models)).get(persona.base_model)
     stack = options.stack if options.stack is not None else await persona_stack(context, persona)
     for sha256, _ in stack:
         await client.load_layer(sha256)

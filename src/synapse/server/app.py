@@ -21,7 +21,7 @@ from synapse.callosum.message import Message
 from synapse.callosum.publish.publishing import publish
 from synapse.callosum.publish.recording import recording
 from synapse.commands import Context
-from synapse.engines import open_engines
+from synapse.daemon.host import open_models
 from synapse.errors import InternalError, InvalidInput, NotFound, SynapseError
 from synapse.hotpath.rollout.watch import open_hotpaths
 from synapse.server import event_routes, health, metrics
@@ -113,7 +113,7 @@ async def load_default_model(state: ServerState) -> None:
     """Load the model that new personas use, and note in the state how that went."""
     try:
         await state.context.get(open_hotpaths)
-        engines = await state.context.get(open_engines)
+        engines = await state.context.get(open_models)
         (await engines.get(state.context.settings.default_model)).close()
     except SynapseError as error:
         state.loading = f"the default model cannot be loaded: {error.message}"

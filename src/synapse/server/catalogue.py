@@ -10,7 +10,7 @@ from typing import Any
 
 from synapse.callosum.kept import open_kept
 from synapse.commands import Context
-from synapse.engines import open_engines
+from synapse.daemon.host import open_models
 from synapse.models.library import open_library
 from synapse.models.manifest import ModelKind
 from synapse.personas.entities import Persona
@@ -102,7 +102,7 @@ async def find_served(context: Context, name: str) -> Served:
 
 async def _backends(context: Context) -> dict[str, str]:
     """Which engine answers for each model that is open."""
-    clients = (await context.get(open_engines)).clients()
+    clients = (await context.get(open_models)).clients()
     return {client.front.name: (await client.stats()).answering.backend for client in clients}
 
 

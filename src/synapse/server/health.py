@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
-from synapse.engines import open_engines
+from synapse.daemon.host import open_models
 from synapse.errors import SynapseError
 from synapse.server.http.routing import ServerState
 from synapse.server.keys import any_key_exists
@@ -61,7 +61,7 @@ async def ready(request: Request) -> JSONResponse:
 
 
 async def _engines(state: ServerState) -> list[AnsweringEngine]:
-    host = await state.context.get(open_engines)
+    host = await state.context.get(open_models)
     found = []
     for client in host.clients():
         who = (await client.stats()).answering

@@ -10,7 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from synapse.engines import EngineStats, open_engines
+from synapse.daemon.host import open_models
+from synapse.engines import EngineStats
 from synapse.hotpath.metrics.prometheus import CONTENT_TYPE, prometheus_text
 from synapse.server.http.routing import ServerState, guarded
 
@@ -54,6 +55,6 @@ class EngineCollector(Collector):
 async def metrics(request: Request) -> Response:
     """Say how often each hot path answered, how fast and what went wrong, and what the engines have done."""
     state: ServerState = request.app.state.server
-    host = await state.context.get(open_engines)
+    host = await state.context.get(open_models)
     stats = {client.front.name: await client.stats() for client in host.clients()}
     return Response(await asyncio.to_thread(prometheus_text, EngineCollector(stats)), media_type=CONTENT_TYPE)

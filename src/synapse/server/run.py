@@ -9,16 +9,19 @@ import json
 import shlex
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
 
 from synapse.commands import Context
 from synapse.config import Settings
-from synapse.engines import EngineClient, open_engines
+from synapse.daemon.door import Control, open_door
+from synapse.daemon.host import for_a_server, open_models
+from synapse.engines import EngineClient
 from synapse.errors import Conflict, Forbidden, InvalidInput, Unavailable
+from synapse.log import Logger
 from synapse.server.access import MAKE_A_KEY, is_loopback
 from synapse.server.app import create_app
 from synapse.server.catalogue import list_served
@@ -37,6 +40,8 @@ STOPPING_TIME = 30
 """Seconds that answers in progress get to finish once the server was told to stop."""
 HEADER_BYTES = 32 * 1024
 IDLE_CONNECTION = 15
+
+log = Logger(__name__)
 
 
 class NeedsKey(Forbidden):
@@ -93,23 +98,41 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    async with Context(settings) as context:
+    async with Context(for_a_server(settings)) as context:
         listener = await bind(context)
         server = make_server(create_app(context))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        engines = await context.get(open_engines)
+        engines = await context.get(open_models)
         loading = asyncio.create_task(engines.get(settings.default_model))
+
+        async def about() -> str:
+            await asyncio.shield(loading)
+            return await greeting(context, listener)
+
         try:
-            await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                client = await loading  # keeps it open while it is spoken of
-                print(await greeting(context, listener), flush=True)
-                client.close()
+            async with _door(context, Control(about, server.stop)):
+                await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+                if loading.done():
+                    client = await loading  # keeps it open while it is spoken of
+                    print(await greeting(context, listener), flush=True)
+                    client.close()
+                await asyncio.wait({serving})
         except BaseException:
             server.stop()
             raise
         finally:
             await serving
+
+
+@asynccontextmanager
+async def _door(context: Context, control: Control) -> AsyncIterator[None]:
+    """Other processes of this home use the models of this one. Where that cannot be, they open their own."""
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(open_door(context, await context.get(open_models), control))
+        except (Conflict, Unavailable) as error:
+            log.warning("other processes of this home open models of their own", reason=error.message, hint=error.hint)
+        yield
 
 
 def make_server(
@@ -188,7 +211,7 @@ async def greeting(context: Context, listener: socket.socket) -> str:
     model = personas[0] if personas else context.settings.default_model
     who = f"personas: {', '.join(personas)}" if personas else "no personas yet: `synapse persona create NAME` makes one"
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-    engines = "".join([await _engine_line(client) for client in (await context.get(open_engines)).clients()])
+    engines = "".join([await _engine_line(client) for client in (await context.get(open_models)).clients()])
     return (
         f"Synapse answers at {url} ({who}).\n{engines}Try:\n"
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"

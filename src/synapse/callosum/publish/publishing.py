@@ -55,7 +55,16 @@ def publish(
     try:
         call = current_call()
         message = Message(topic, payload, tract, priority, evidence, trace=None if call is None else call.trace)
+    except Exception:
+        log.exception("events.not_published", topic=topic)
+    else:
+        forward(message)
+
+
+def forward(message: Message) -> None:
+    """As `publish`, with a message that another process has published."""
+    try:
         for outlet in _outlets:
             outlet(message)
     except Exception:
-        log.exception("events.not_published", topic=topic)
+        log.exception("events.not_published", topic=message.topic)

@@ -18,7 +18,8 @@ from synapse.cli.progress import TerminalProgress
 from synapse.cli.text import left_out_notice, read_stdin, style_of, tell, tell_engine, write_answer
 from synapse.commands import Context, Progress
 from synapse.config import load_settings
-from synapse.engines import EngineClient, open_engines
+from synapse.daemon.host import open_models
+from synapse.engines import EngineClient
 from synapse.errors import InvalidInput, TooLarge
 from synapse.models.library import open_library
 from synapse.personas.base_model import ensure_base_model
@@ -126,7 +127,7 @@ async def _warm_up(context: Context, persona: Persona, progress: Progress) -> En
     shown = sys.stderr.isatty()
     if shown:
         print(style.dim(f"loading {persona.base_model} …"), end="", file=sys.stderr, flush=True)
-    client = await (await context.get(open_engines)).get(persona.base_model)
+    client = await (await context.get(open_models)).get(persona.base_model)
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     tell_engine((await client.stats()).answering, context.settings.backend)
@@ -162,7 +163,7 @@ async def _answer(
             if isinstance(event, TurnStarted):
                 left_out = event.left_out
                 if not request.as_json:
-                    client = await (await context.get(open_engines)).get(persona.base_model)
+                    client = await (await context.get(open_models)).get(persona.base_model)
                     tell_engine((await client.stats()).answering, context.settings.backend)
                 if left_out and not request.as_json:
                     tell(left_out_notice(left_out))

@@ -149,6 +149,14 @@ def deaths(folder: Path) -> list[Death]:
     return found
 
 
+def forgive(folder: Path, process: int) -> None:
+    """Take away what a process that is gone has left: whoever watched it knows that no kernel ended it."""
+    for file in folder.glob(f"{process}-*{SUFFIX}"):
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            _lock(opened)
+            file.unlink()
+
+
 def _death(file: Path, content: bytes) -> Death:
     process = file.name.partition("-")[0]
     if len(content) != FILE_BYTES or not content.startswith(MAGIC):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from synapse.commands import Context
-from synapse.engines import EngineClient, FrontEnd, Request, open_engines
+from synapse.daemon.host import open_models
+from synapse.engines import EngineClient, FrontEnd, Request
 from synapse.models.chat_template import Message
 from synapse.personas.chat import TurnOptions, prepare_turn
 from synapse.personas.events import TurnNews
@@ -68,7 +69,7 @@ async def prepare_completions(context: Context, body: CompletionBody) -> Prepare
     overrides = body.sampling_overrides()
     bias = overrides.pop("logit_bias", {})
     settings = persona.sampling.with_overrides(overrides)
-    client = await (await context.get(open_engines)).get(persona.base_model)
+    client = await (await context.get(open_models)).get(persona.base_model)
     stack = await persona_stack(context, persona)
     for sha256, _ in stack:
         await client.load_layer(sha256)

@@ -1,0 +1,7 @@
+"""`python -m synapse`: the same as the program `synapse`."""
+
+import sys
+
+from synapse.cli.main import main
+
+sys.exit(main())
