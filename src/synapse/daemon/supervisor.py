@@ -38,8 +38,8 @@ SETTLED_SECONDS = 30.0
 """A worker that has lived for so long starts the back-off anew."""
 MOST_FAILED_STARTS = 3
 """So many starts in a row that fail, and requests are told so instead of waiting."""
-MOST_DEATHS_WITHOUT_PROGRESS = 3
-"""So many ends of its workers during which a request gets no token make it a suspect, whatever ended them."""
+MOST_DEATHS_WITHOUT_PROGRESS = 20
+"""After so many ends of its workers during which a request got no token, it is given up, whatever ended them."""
 POISON_SECONDS = 600.0
 MOST_POISONS = 256
 
@@ -324,10 +324,16 @@ class Supervisor:
 
         Raises:
             EndsWorkers: that it was the cause.
+            Unavailable: that it is to be given up.
         """
         answer.deaths += 1
         answer.fruitless += 1
-        if not (death.own or answer.fruitless >= MOST_DEATHS_WITHOUT_PROGRESS):
+        if answer.fruitless >= MOST_DEATHS_WITHOUT_PROGRESS:
+            raise Unavailable(
+                f"{answer.fruitless} processes that were to compute the answer have ended, the last because {death.reason}",
+                hint="the log of the server says why",
+            )
+        if not death.own:
             return
         if answer.suspected is None:
             answer.suspected = death
