@@ -82,6 +82,7 @@ def test_an_answer_over_http_outlives_its_worker(server: str, synapse: Synapse) 
                     process = 0
     assert len(text) == len(alone)
     assert text == alone
+    assert row(synapse("ps", "--json"))["resumed"] == 1
 
 
 def test_a_worker_is_ended_and_drained_by_its_number(server: str, synapse: Synapse) -> None:

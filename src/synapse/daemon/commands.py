@@ -108,6 +108,7 @@ class ModelRow(BaseModel):
     workers: int = Field(description="worker processes; 0 when it runs in the server")
     active: int = Field(description="answers being generated or waited for")
     running: int = Field(description="sequences that share the current steps")
+    resumed: int = Field(description="how often an answer went on in another worker, because its own had ended")
     layers: int = Field(description="LoRA layers in memory")
     memory_bytes: int = Field(description="memory that it may come to take")
     unloads_in: float | None = Field(description="seconds until it leaves memory if nobody asks; null when in use")
@@ -181,6 +182,7 @@ async def daemon_models(params: Nothing, context: Context, call: Call) -> ModelR
                 workers=len(model.runner.workers) if isinstance(model.runner, Supervisor) else 0,
                 active=stats.active,
                 running=stats.running,
+                resumed=model.runner.resumed if isinstance(model.runner, Supervisor) else 0,
                 layers=len(stats.layers),
                 memory_bytes=residency.bytes_of(sha256),
                 unloads_in=residency.seconds_left(sha256),

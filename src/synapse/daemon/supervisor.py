@@ -103,6 +103,8 @@ class Supervisor:
         self._known: EngineStats | None = None
         self._closing = False
         self._slow_readers = 0
+        self.resumed = 0
+        """How often an answer has gone on in another worker."""
 
     def active(self, worker: WorkerProcess) -> int:
         """How many answers a worker is at."""
@@ -326,11 +328,12 @@ class Supervisor:
             EndsWorkers: that it was the cause.
             Unavailable: that it is to be given up.
         """
+        self.resumed += 1
         answer.deaths += 1
         answer.fruitless += 1
         if answer.fruitless >= MOST_DEATHS_WITHOUT_PROGRESS:
             raise Unavailable(
-                f"{answer.fruitless} processes that were to compute the answer have ended, the last because {death.reason}",
+                f"{answer.fruitless} processes that were to compute the answer have ended, the last: {death.reason}",
                 hint="the log of the server says why",
             )
         if not death.own:
