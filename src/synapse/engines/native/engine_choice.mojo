@@ -4,7 +4,7 @@ Weights exp((logit - highest) / temperature) are float64, and differ from NumPy'
 come out otherwise within that margin is not made: UNDECIDED hands the row to the reference, so that both always agree.
 
 Sums over the whole vocabulary are made of float32 weights first, which are off by less than ROUGH (`Rough` has the proof).
-Where the choice is clear within that, it is made; otherwise the sums are made again in float64, some fifteen times as slow.
+Where the choice is clear within that, it is made; otherwise the sums are made again in float64, about four times as slow.
 """
 
 from std.bit import count_trailing_zeros
