@@ -139,10 +139,13 @@ def bind(path: Path) -> Scan:
 KERNEL = KernelSpec(
     name="pattern_search",
     source=Path(__file__).with_name("pattern_search.mojo"),
-    symbols=tuple(f"pattern_search_{name}" for name in ("abi_version", "cpu_features", "prepare", "scan")),
-    abi_version=1,
+    symbols=tuple(
+        f"pattern_search_{name}" for name in (*("abi_version", "struct_size", "cpu_features", "prepare", "scan"),)
+    ),
+    abi_version=2,
     self_test=self_test,
     declare=declare,
+    structs=(ScanCall, PrepareCall),
     main=Path(__file__).with_name("pattern_search_main.mojo"),
 )
 

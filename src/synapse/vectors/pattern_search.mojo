@@ -15,12 +15,12 @@ Scores here are in the units of the codes (see `Query`): only their order matter
 from std.bit import count_trailing_zeros
 from std.atomic import Atomic
 from std.memory import bitcast, pack_bits
-from std.sys import CompilationTarget, llvm_intrinsic
+from std.sys import CompilationTarget, llvm_intrinsic, size_of
 from std.sys.intrinsics import prefetch
 
 from pattern_search_query import Codes, Floats, Preparation, Terms, prepare
 
-comptime ABI_VERSION = 1
+comptime ABI_VERSION = 2
 comptime GROUP = 16  # rows whose high halves lie interleaved
 comptime LINE = 64  # bytes of one line of a group: 8 dimensions of 16 rows
 comptime SHARED = 4  # queries that share one read of the codes
@@ -340,6 +340,14 @@ def pattern_search_prepare(call: Pointer[Preparation, MutUntrackedOrigin]) abi("
 @export("pattern_search_abi_version")
 def pattern_search_abi_version() abi("C") -> Int:
     return ABI_VERSION
+
+
+@export("pattern_search_struct_size")
+def pattern_search_struct_size(number: Int) abi("C") -> Int:
+    """The size of each structure, in the order of `KERNEL.structs`."""
+    if number == 0:
+        return size_of[Scan]()
+    return size_of[Preparation]() if number == 1 else 0
 
 
 @export("pattern_search_cpu_features")
