@@ -140,7 +140,7 @@ KERNEL = KernelSpec(
     name="pattern_search",
     source=Path(__file__).with_name("pattern_search.mojo"),
     symbols=tuple(
-        f"pattern_search_{name}" for name in (*("abi_version", "struct_size", "cpu_features", "prepare", "scan"),)
+        f"pattern_search_{name}" for name in ("abi_version", "struct_size", "cpu_features", "prepare", "scan")
     ),
     abi_version=2,
     self_test=self_test,
