@@ -57,7 +57,7 @@ def test_a_mistyped_group_names_the_nearest_one(synapse) -> None:
 def test_a_command_that_resembles_nothing_lists_what_there_is(synapse) -> None:
     ran = synapse("qqqq")
     assert ran.code == 2
-    assert "hint: there are chat, demo, up, version, model, " in ran.err
+    assert "hint: there are chat, demo, up, down, status, ps, version, model, " in ran.err
 
 
 @pytest.mark.usefixtures("sample_group")

@@ -12,9 +12,12 @@ from synapse.commands import all_commands
 
 COMPUTING = frozenset({"embedding/create", "embedding/compare", "kernels/verify"})
 LOOKS_AT_KERNELS = frozenset(
-    {"engine/stats", "events/stats", "events/dead", "hotpath/status", "hotpath/rank", "kernels/list"}
+    (
+        *("ai-daemon/models", "ai-daemon/status", "ai-daemon/workers", "engine/stats"),
+        *("events/stats", "events/dead", "hotpath/status", "hotpath/rank", "kernels/list"),
+    )
 )
-"""They ask the hot paths or the bus of this process, which have NumPy and the kernels with them."""
+"""They ask the engines, hot paths or the bus, which have NumPy and the kernels with them."""
 SLOW = (
     *("alembic", "fastapi", "filelock", "gguf", "huggingface_hub", "jinja2", "llguidance", "numpy", "openfeature"),
     *("prometheus_client", "pydantic_settings", "rich.console", "safetensors", "sqlalchemy", "structlog"),

@@ -136,7 +136,7 @@ async def test_an_opening_that_all_have_given_up_ends_and_is_closed_then(home: P
         await until(lambda: residency.bytes > 0)  # its room is taken, it is being opened
         asking.cancel()
         await until(lambda: "engine.closed" in heard.topics)
-        assert residency.bytes == 0
+        await until(lambda: residency.bytes == 0)
 
 
 async def test_minus_one_keeps_models_for_ever(home: Path) -> None:

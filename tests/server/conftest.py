@@ -13,7 +13,7 @@ from support.live_server import Live, is_ready, make_layer, running, wait_until
 @pytest.fixture(scope="session")
 def live(make_model_home: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A server with the default model and two personas: `plain`, and `noisy`, which has a layer."""
-    with running(make_model_home()) as server:
+    with running(make_model_home(), keep_alive="-1") as server:
         layer = make_layer(tmp_path_factory.mktemp("layers") / "noise")
         server.run_inside("layer/add", source=str(layer), name="noise")
         server.command("persona/create", name="plain", system_prompt="You are brief.", temperature=0.5)

@@ -49,8 +49,8 @@ def test_a_server_without_its_model_is_healthy_and_not_ready(empty: Live) -> Non
     assert "smollm2-135m" in reason
 
 
-def test_a_server_whose_model_was_unloaded_is_ready_and_says_what_is_so(model_home: Callable[[], Path]) -> None:
-    with running(model_home(), keep_alive="0") as live:
+def test_a_server_whose_model_was_unloaded_is_ready_and_says_what_is_so(make_model_home: Callable[[], Path]) -> None:
+    with running(make_model_home(), keep_alive="0") as live:
         wait_until(lambda: is_ready(live), 60)
         wait_until(lambda: httpx.get(f"{live.url}/ready").json()["engines"] == [])
         assert httpx.get(f"{live.url}/ready").json()["ready"] is True
@@ -69,8 +69,8 @@ def test_a_server_whose_model_was_unloaded_is_ready_and_says_what_is_so(model_ho
         wait_until(lambda: live.command("engine/stats")["items"] == [])  # a client that hangs up lets go, too
 
 
-def test_a_model_that_does_not_fit_is_refused_with_the_numbers(model_home: Callable[[], Path]) -> None:
-    with running(model_home(), max_model_bytes=2**20) as live:
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers(make_model_home: Callable[[], Path]) -> None:
+    with running(make_model_home(), max_model_bytes=2**20) as live:
         wait_until(lambda: "needs" in str(live.state.loading))
         assert httpx.get(f"{live.url}/ready").status_code == 503
         body = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}]}

@@ -38,7 +38,7 @@ from synapse.engines.request import (
 from synapse.engines.sampling import choose, token_logprob
 from synapse.engines.scheduler import Scheduler, Work
 from synapse.engines.sequence import Reason, Sequence
-from synapse.errors import Conflict, InternalError, InvalidInput, SynapseError
+from synapse.errors import Conflict, InternalError, InvalidInput, SynapseError, Unavailable
 from synapse.log import Logger
 from synapse.models.chat_template import ChatTemplate
 from synapse.models.config import ModelConfig
@@ -99,6 +99,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Event] = []
         self._stalled = False
+        self._closed = False
         self._wanted: set[str] = set()
         self._ids = itertools.count(1)
         names = (name,) if name else ()
@@ -217,11 +218,11 @@ class Engine:
 
         Args:
             block: when all wait for layers that are being read, wait for the first, or until a deadline passes.
+
+        Raises:
+            Unavailable: the engine is closed.
         """
-        self._take_in_layers()
-        self._end_overdue()
-        events, self._ended = self._ended, []
-        self._want_layers()
+        events = self._begin_step()
         work = self._scheduler.schedule(time.monotonic())
         self.counters.preemptions = self._scheduler.preemptions
         self.counters.evicted_blocks = self._pool.evictions
@@ -272,6 +273,16 @@ class Engine:
                 row += chunk.wanted
         return events
 
+    def _begin_step(self) -> list[Event]:
+        """Take in what has come since the last step; returns the events that this brings."""
+        if self._closed:
+            raise Unavailable("the engine is closed", hint="open it again")
+        self._take_in_layers()
+        self._end_overdue()
+        events, self._ended = self._ended, []
+        self._want_layers()
+        return events
+
     def _guesses(self, work: Work) -> list[list[int]]:
         """What each sequence of a step computes beyond its own tokens. What is wrong of it is overwritten later."""
         if not self.limits.prompt_lookup or len(work) > GUESSED_SEQUENCES:
@@ -296,6 +307,7 @@ class Engine:
 
     def close(self) -> None:
         """Give back memory, threads and files, whoever still refers to the engine. No step may follow."""
+        self._closed = True
         self.reset()
         self.layers.close()
         self._transformer.close()

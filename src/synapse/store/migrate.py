@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +20,9 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "migrations"
 LOCK = 0x53594E41  # "SYNA": any number, the same in every process
+LOOK_SECONDS = 0.01
+
+_turn = threading.Lock()
 
 
 async def migrate(engine: AsyncEngine) -> None:
@@ -29,7 +36,7 @@ async def migrate(engine: AsyncEngine) -> None:
         async with engine.connect() as connection:
             if is_current(await connection.run_sync(_version)):
                 return
-        async with engine.connect() as plain:
+        async with _one_at_a_time(), engine.connect() as plain:
             if engine.dialect.name == POSTGRESQL:
                 # Read committed: what is read after waiting for the lock must be what the one before has written.
                 connection = await plain.execution_options(isolation_level="READ COMMITTED")
@@ -40,6 +47,19 @@ async def migrate(engine: AsyncEngine) -> None:
                 connection = await plain.execution_options(**{WRITES: True})  # takes SQLite's lock at once
                 async with connection.begin():
                     await connection.run_sync(_upgrade)
+
+
+@asynccontextmanager
+async def _one_at_a_time() -> AsyncIterator[None]:
+    """Migrations of two databases take turns within a process: what Alembic is at is global (`alembic.op`), and the
+    other may be in another thread's event loop.
+    """
+    while not _turn.acquire(blocking=False):
+        await asyncio.sleep(LOOK_SECONDS)
+    try:
+        yield
+    finally:
+        _turn.release()
 
 
 def alembic_config() -> Config:

@@ -122,7 +122,7 @@ async def test_a_crash_after_the_burn_in_costs_one_process_and_the_build_is_quar
     assert second.call(7) == 7, "another process goes on"
 
     third = Program(settings, library)
-    said = "\n".join(third.log)
+    said = "\n".join([*third.log, *second.log])  # whichever looked first
     assert "hotpath.quarantined" in said
     assert f"process {first.process.pid} died of SIGSEGV while it was running" in said
     assert third.call(CRASH) == CRASH, "the reference answers"

@@ -58,9 +58,9 @@ async def test_a_good_kernel_reaches_everybody_by_itself(world: World, kernel: K
     call_all(path)
     assert path.native_answered
     assert await kinds(world.store) == ["burned_in", "promoted", "promoted", "promoted"]
-    told = [item.kind for item in news if not item.kind.startswith("alert")]  # as fast as the reference
-    assert told == ["burned_in", "promoted", "promoted", "promoted"]
-    assert "validate → canary" in news[1].message
+    told = [item for item in news if not item.kind.startswith("alert")]  # it is about as fast as the reference
+    assert [item.kind for item in told] == ["burned_in", "promoted", "promoted", "promoted"]
+    assert "validate → canary" in told[1].message
 
 
 async def test_a_kernel_that_is_wrong_once_in_a_thousand_is_held_in_its_first_stage_and_nobody_saw_it(
