@@ -54,7 +54,7 @@ async def _one_at_a_time() -> AsyncIterator[None]:
     """Migrations of two databases take turns within a process: what Alembic is at is global (`alembic.op`), and the
     other may be in another thread's event loop.
     """
-    while not _turn.acquire(blocking=False):
+    while not _turn.acquire(blocking=False):  # noqa: ASYNC110 (an event belongs to one loop)
         await asyncio.sleep(LOOK_SECONDS)
     try:
         yield
