@@ -29,7 +29,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
 def body(tokens: int, model: str = MODEL) -> dict[str, object]:
     messages = [{"role": "user", "content": "Hi"}]
     options = {"include_usage": True}
-    return {"model": model, "messages": messages, "max_tokens": tokens, "stream": True, "stream_options": options}
+    sampling = {"temperature": 0}  # which never ends before its tokens do
+    return {
+        "model": model,
+        "messages": messages,
+        "max_tokens": tokens,
+        "stream": True,
+        "stream_options": options,
+    } | sampling
 
 
 def test_clients_read_every_answer_to_its_end(home: TinyHome, tmp_path: Path) -> None:
