@@ -180,8 +180,10 @@ class Commits:
                 self._do_reads(db)
                 self._do_writes(db)
         finally:
-            db.close()
-            self._tell(self._ended.set_result, None)
+            try:
+                db.close()
+            finally:  # whoever closes the log waits for this
+                self._tell(self._ended.set_result, None)
 
     def _gather(self, *, wait: bool) -> None:
         """Take what is in the queue, up to a limit; where nothing is there, wait for it."""
