@@ -26,6 +26,8 @@ from synapse.server.run import STOPPING_TIME, serve
 LOG = "server.log"
 LOOK_SECONDS = 0.2
 START_SECONDS = 600.0
+CLOSING_SECONDS = 60.0
+"""What a server may take, beside its answers, to close what it has open."""
 LAST_LINES = 20
 UNIT = """\
 [Unit]
@@ -113,7 +115,7 @@ async def _stopped(settings: Settings) -> int:
     if server is None:
         raise Unavailable("no server of this home is running", hint="`synapse up` starts one")
     process: int = await server.ask("stop")
-    end = time.monotonic() + STOPPING_TIME + START_SECONDS / 10
+    end = time.monotonic() + STOPPING_TIME + CLOSING_SECONDS
     while _lives(process, server):
         if time.monotonic() > end:
             raise TimedOut(f"the server, process {process}, is still running", hint=f"kill {process} ends it")

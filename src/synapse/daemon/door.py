@@ -6,6 +6,7 @@ It lies in a folder that only its user may enter, and whoever connects has to be
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 import struct
@@ -29,6 +30,8 @@ from synapse.log import Logger
 
 FOLDER, NAME = "run", "server.sock"
 CONNECT_SECONDS = 2.0
+BUSY_SECONDS = 1.0
+"""How long nobody is let in after a connection could not be taken."""
 BACKLOG = 64
 _CREDENTIALS = struct.Struct("3i")
 """Process, user and group of who connects (socket(7), SO_PEERCRED)."""
@@ -70,6 +73,7 @@ class _Visit:
         self._models = models
         self._control = control
         self._clients: dict[int, EngineClient] = {}
+        self._numbers = itertools.count(1)
         self.answerer = Answerer(
             {
                 "version": self.version,
@@ -98,9 +102,7 @@ class _Visit:
 
     async def open(self, model: str) -> Opened:
         client = await self._models.get(model)
-        number = len(self._clients) + 1
-        while number in self._clients:
-            number += 1
+        number = next(self._numbers)
         self._clients[number] = client
         return Opened(number, client.front)
 
@@ -161,7 +163,12 @@ async def open_door(context: Context, models: Sources, control: Control) -> Asyn
     async def accept() -> None:
         loop = asyncio.get_running_loop()
         while True:
-            end, _ = await loop.sock_accept(listener)
+            try:
+                end, _ = await loop.sock_accept(listener)
+            except OSError as error:  # most often too many open files, which passes
+                log.warning("a process could not be let in", reason=error.strerror)
+                await asyncio.sleep(BUSY_SECONDS)
+                continue
             if sys.platform == "linux" and _user_of(end) != os.getuid():
                 end.close()
                 continue
@@ -187,15 +194,13 @@ async def find_server(settings: Settings) -> Caller | None:
     folder = settings.home / FOLDER
     if not (folder / NAME).exists():
         return None
-    try:
+    caller = Caller()
+    with suppress(OSError, TimeoutError, SynapseError):
         async with asyncio.timeout(CONNECT_SECONDS):
-            caller = Caller()
             await caller.connect(await _connect(folder))
             if await caller.ask("version") == __version__:
                 return caller
-            caller.close()
-    except (OSError, TimeoutError, SynapseError):
-        pass
+    caller.close()
     return None
 
 
@@ -204,7 +209,7 @@ async def _listen(folder: Path) -> socket.socket:
     with suppress(OSError):
         other = await _connect(folder)
         other.close()
-        raise Conflict("another server of this home runs already", hint="`synapse ai-daemon status` asks it how it is")
+        raise Conflict("another server of this home runs already", hint="`synapse status` asks it how it is")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.setblocking(False)
     try:

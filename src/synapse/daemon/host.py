@@ -18,7 +18,7 @@ from synapse.daemon.supervisor import Supervisor
 from synapse.daemon.worker import Start
 from synapse.engines.background import Background
 from synapse.engines.client import EngineClient
-from synapse.engines.front_end import open_front_end
+from synapse.engines.front_end import front_end_from
 from synapse.engines.host import EngineHost, ModelToOpen, OpenModel, open_engines
 from synapse.engines.limits import limits_from
 from synapse.engines.native.packed.file import prepare_packed
@@ -55,7 +55,7 @@ async def open_in_workers(model: ModelToOpen) -> OpenModel:
         max_active=settings.max_concurrent_requests,
         memory_bytes=settings.daemon.worker_bytes or needed + SLACK_BYTES,
     )
-    opening = asyncio.to_thread(open_front_end, model.path, limits, model.name)
+    opening = asyncio.to_thread(front_end_from, head, limits, model.name)
     try:
         front, _ = await asyncio.gather(opening, supervisor.start())
     except BaseException:

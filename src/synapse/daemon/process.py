@@ -27,6 +27,7 @@ from synapse.kernels.child import FAULTS
 from synapse.log import Logger
 
 PROGRAM = "import sys; from synapse.daemon.worker import main; main(int(sys.argv[1]))"
+STDERR = 2
 START_SECONDS = 300.0
 """How long opening a model may take: packing a large one is minutes of work."""
 SILENT_SECONDS = 8.0
@@ -115,6 +116,7 @@ class WorkerProcess:
                 [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
+                stdout=STDERR,  # what it logs is not what this program has to say
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": folders, "SYNAPSE_HOME": str(self._start.settings.home)},
             )

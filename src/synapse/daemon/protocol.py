@@ -16,6 +16,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from synapse.errors import Corrupt, Unavailable
+from synapse.log import Logger
+
+log = Logger(__name__)
 
 MAGIC = b"SYND"
 VERSION = 1
@@ -79,7 +82,12 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         leaving, self._leaving = self._leaving, []
         if leaving and self._transport is not None and not self._transport.is_closing():
-            body = pickle.dumps(leaving, pickle.HIGHEST_PROTOCOL)
+            try:
+                body = pickle.dumps(leaving, pickle.HIGHEST_PROTOCOL)
+            except Exception:  # a defect: the other end would wait for ever for what cannot be sent
+                log.exception("a message cannot be sent to another process")
+                self.abort()
+                return
             self._transport.write(HEADER.pack(MAGIC, VERSION, 0, len(body)) + body)
 
     # What follows is called by the event loop.

@@ -30,7 +30,6 @@ from synapse.engines.opening import open_engine_file
 from synapse.engines.request import Event, Request
 from synapse.engines.runner import EngineRunner, EngineStats
 from synapse.errors import SynapseError, Unavailable
-from synapse.hotpath.metrics.prometheus import prometheus_text
 from synapse.hotpath.rollout.watch import open_hotpaths
 from synapse.log import Logger
 
@@ -80,8 +79,6 @@ class Worker:
                 "cancel": self.cancel,
                 "load_layer": self.load_layer,
                 "stats": self.stats,
-                "metrics": self.metrics,
-                "forget": self.forget,
             },
             {"generate": self.generate},
         )
@@ -117,14 +114,6 @@ class Worker:
 
     async def stats(self) -> EngineStats:
         return await self._runner.stats()
-
-    async def metrics(self) -> bytes:
-        """The hot paths of this process, for Prometheus."""
-        return await asyncio.to_thread(prometheus_text)
-
-    async def forget(self, layer_id: str) -> None:
-        """Let go of a layer."""
-        await self._runner.call(lambda: self._runner.engine.unload_layer(layer_id))
 
     def beat(self) -> Beat:
         if self._opened is None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from synapse.engines.checking import ContextOverflow
 from synapse.engines.engine import Engine
 from synapse.engines.limits import Limits
-from synapse.models.chat_template import ChatTemplate, Message, encode_chat, load_chat_template
+from synapse.models.chat_template import ChatTemplate, Message, encode_chat
 from synapse.models.config import ModelConfig
-from synapse.models.gguf_file import open_model_file
-from synapse.models.tokenizer import Tokenizer, load_tokenizer
+from synapse.models.head import ModelHead, read_head
+from synapse.models.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 256
 """Tokens kept free for the answer while older turns can still be left out."""
@@ -78,10 +78,13 @@ def open_front_end(path: Path, limits: Limits | None = None, name: str | None = 
     Raises:
         NotFound, ModelFileCorrupt, UnsupportedModel: the file cannot be used.
     """
-    limits, file = limits or Limits(), open_model_file(path)
-    context = min(file.config.context, limits.max_context)
-    tokenizer, template = load_tokenizer(file), load_chat_template(file)
-    return FrontEnd(path, name or path.parent.name, limits, file.config, context, tokenizer, template)
+    return front_end_from(read_head(path), limits or Limits(), name or path.parent.name)
+
+
+def front_end_from(head: ModelHead, limits: Limits, name: str) -> FrontEnd:
+    """The front end of a model whose file has been read."""
+    context = min(head.config.context, limits.max_context)
+    return FrontEnd(head.path, name, limits, head.config, context, head.tokenizer.build(), head.chat_template)
 
 
 def front_end_of(engine: Engine, path: Path, name: str) -> FrontEnd:
